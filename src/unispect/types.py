@@ -1,0 +1,87 @@
+"""The values that stages hand on: Batch -> Features -> Scores -> Finding. Shapes and units, stated once.
+
+N images, H W pixels, h w places of a feature grid, C channels, L levels, K products.
+This module imports no torch when run, so that torch-free parts may use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Features: TypeAlias = list[Tensor]  # L levels, each (N, C, h, w) float32
+else:
+    Features = list
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images that were decoded and brought to one size.
+
+    images   (N, 3, H, W) uint8, RGB
+    index    (N,) int64, the place of each image in the list of records it came from
+    """
+
+    images: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a detector says of N images. Higher is more abnormal.
+
+    image    (N,) one score an image
+    maps     (N, h, w) a score for each place
+    products (N, K) log-probability of each known product given the image, or None
+    """
+
+    image: Tensor
+    maps: Tensor
+    products: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A connected part of the map above the pixel threshold. Pixels of the original image; the box is half-open."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    peak: float
+    area: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What unispect says of one image.
+
+    p_value   share of normal images that score at least as high; small means abnormal
+    product   name of the known product that it resembles most; None where the model knows no names
+    map       (h, w) float32 anomaly scores over the whole image, in units of the calibration normals:
+              0 is their median, 1 the pixel threshold
+    width, height   of the original image after EXIF rotation, pixels
+    """
+
+    path: str | None
+    score: float
+    threshold: float
+    p_value: float
+    anomalous: bool
+    product: str | None
+    product_probability: float | None
+    regions: tuple[Region, ...]
+    map: np.ndarray
+    width: int
+    height: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the map."""
+        named = asdict(self)
+        del named["map"]
+        return named | {"regions": [asdict(region) for region in self.regions]}
