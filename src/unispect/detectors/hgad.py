@@ -1,0 +1,453 @@
+"""HGAD: a normalising flow whose latent space holds a hierarchical Gaussian mixture, one model for many products.
+
+Hierarchical Gaussian mixture normalizing flow modeling for unified anomaly detection (Yao, Li, Qian, Wang, Zhang, 2024),
+https://arxiv.org/abs/2403.13349. Where the paper and its published code disagree the code is followed; each option says
+which behaviour is the published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unispect.detectors.base import GradientDetector, Pass
+from unispect.errors import ConfigError, unknown_name
+from unispect.nn.coupling import Flow
+from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
+from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, entropy
+from unispect.nn.position import positional_encoding
+from unispect.types import Features, Scores
+
+CHOICES = {
+    "start": ("gaussian", "published"),
+    "covariance": ("place", "product", "identity"),
+    "score": ("aligned", "product", "gated"),
+    "likelihood": ("predicted", "marginal"),
+}
+PRIOR_MEAN = 5.0  # images that a cell's mean must outvote to leave the product's mean
+PRIOR_SCALE = 4.0  # images that a product's held-out spread must outvote to leave the average of all products
+
+
+class Level(nn.Module):
+    """One level: exact whitening, flow and mixture. Whitening is a linear layer, so its log-determinant counts."""
+
+    shift: Tensor
+    whiten: Tensor
+    log_whiten: Tensor
+    mean_logdet: Tensor
+    order: Tensor
+    condition: Tensor | None
+
+    def __init__(
+        self, shape: tuple[int, int, int], order: Tensor, position: int, flow: Flow, mixture: HierarchicalMixture
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.shape, self.flow, self.mixture = shape, flow, mixture
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("whiten", torch.eye(channels))
+        self.register_buffer("log_whiten", torch.zeros(()))
+        self.register_buffer("mean_logdet", torch.zeros(()))
+        self.register_buffer("order", order, persistent=False)
+        encoding = positional_encoding(position, height, width).flatten(1).T.to(self.shift.dtype)
+        self.register_buffer("condition", encoding if position else None, persistent=False)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the level has places; a pooled one has not."""
+        return self.order.numel() > 1
+
+    def latent(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (m, c, q, C) at places (c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q)."""
+        x = (vectors.flatten(0, 2) - self.shift) @ self.whiten.T
+        z, logdet = self.flow(x, self.condition, places.flatten().repeat(len(vectors)))
+        return z.reshape(vectors.shape), (logdet + self.log_whiten).reshape(vectors.shape[:-1])
+
+    def arranged(self, features: Tensor) -> Tensor:
+        """A level (N, C, h, w) as vectors by cell, (N, c, q, C)."""
+        return features.flatten(2).mT[:, self.order]
+
+    def as_map(self, values: Tensor) -> Tensor:
+        """Values by cell back on the grid, (N, c, q) -> (N, h, w)."""
+        grid = torch.empty_like(values.flatten(1))
+        grid[:, self.order.flatten()] = values.flatten(1)
+        return grid.unflatten(1, self.shape[1:])
+
+    def distance(self, inside: Tensor, logdet: Tensor, product: Tensor) -> Tensor:
+        """Distance to the product in standard deviations, (N, c, q): 2 (log of the peak density - log density), rooted."""
+        peak = self.mixture.volume(product) + self.mean_logdet
+        squared: Tensor = 2 * (peak - inside - logdet)
+        return squared.clamp(min=0).sqrt()
+
+    def density(self, inside: Tensor, logdet: Tensor) -> Tensor:
+        """Log-likelihood per dimension, nats, (N, c, q)."""
+        return (inside + logdet) / self.shape[0] - LOG_2PI / 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Latent:
+    """What a level makes of N images: z (N, c, q, D), log-determinants (N, c, q) and product logits (K, N, c, q)."""
+
+    level: Level
+    z: Tensor
+    logdet: Tensor
+    logits: Tensor
+
+    def evidence(self) -> Tensor:
+        """Mean over the places of log p(product | vector), (N, K)."""
+        weights = self.level.mixture.psi.log_softmax(0)[:, None, None, None]
+        return (self.logits + weights).log_softmax(0).mean((2, 3)).T
+
+
+def cells(height: int, width: int, cell: int) -> Tensor:
+    """Places of the grid grouped into squares of cell x cell, (c, q); each place alone where they do not fit."""
+    if height % cell or width % cell:
+        cell = 1
+    grid = torch.arange(height * width).reshape(height // cell, cell, width // cell, cell)
+    return grid.permute(0, 2, 1, 3).reshape(-1, cell * cell)
+
+
+class HGAD(GradientDetector):
+    """Hierarchical Gaussian mixture normalising flow, one flow a level.
+
+    shapes            (C, h, w) of each level
+    products          K, number of products, known in training only
+    blocks, alpha, clamp   of the flow (see nn.coupling); published: 12, 1.9, "tanh"
+    position          channels of the positional encoding, a multiple of 4, 0 for none; published: 256
+    centres           M centres inside each product, the main one included
+    start             "gaussian": whitened features, couplings that do nothing yet, centres and covariances from the data;
+                      "published": raw features, random couplings, tiled centres
+    covariance        of the mixture: "identity" as published; "product": one for each product; "place": one for each
+                      product and cell of `cell` x `cell` places, drawn towards the product's by `prior` images
+    delta_scale       spread of the first centres inside a product; published: 1.0, with which they hardly ever learn
+    lambda1, lambda2, label_smoothing   of the losses; published: 1, 100, 0.02
+    log_sigmoid       add the loss L_z of the published code, which the paper does not name
+    first_stage       share of training without the losses of the centres inside products
+    score             "aligned": mean over the levels of the distance to the product, in units of held-out normals;
+                      "product": the paper's S_l * S_e with held-out ceilings instead of test-set maxima;
+                      "gated": S_l * (eps + S_e), which a saturated entropy of zero cannot erase
+    likelihood        under the product "predicted" for the image, or "marginal" over all products
+    top               share of the highest places of a level that make its image score in "aligned"
+    ceiling           quantile of held-out log-likelihoods that counts as fully normal in "product" and "gated"
+    map_side, sigma   side of the score map and its blur, pixels
+    """
+
+    image_mean: Tensor
+    image_scale: Tensor
+    map_mean: Tensor
+    map_scale: Tensor
+    ceilings: Tensor
+    gate: Tensor
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        products: int,
+        blocks: int = 4,
+        position: int = 32,
+        alpha: float = 1.9,
+        clamp: str = "tanh",
+        centres: int = 10,
+        start: str = "gaussian",
+        covariance: str = "place",
+        cell: int = 2,
+        prior: float = 30.0,
+        delta_scale: float = 0.1,
+        lambda1: float = 1.0,
+        lambda2: float = 1.0,
+        label_smoothing: float = 0.0,
+        log_sigmoid: bool = True,
+        first_stage: float = 0.08,
+        score: str = "aligned",
+        likelihood: str = "predicted",
+        top: float = 0.02,
+        ceiling: float = 0.999,
+        map_side: int = 256,
+        sigma: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_choices(start=start, covariance=covariance, score=score, likelihood=likelihood)
+        _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side)
+        if start == "published" and covariance != "identity":
+            raise ConfigError(f"covariance={covariance!r} is measured from data: expected start='gaussian' with it")
+        self.start, self.covariance, self.prior = start, covariance, prior
+        self.lambda1, self.lambda2, self.label_smoothing = lambda1, lambda2, label_smoothing
+        self.log_sigmoid, self.first_stage = log_sigmoid, first_stage
+        self.score, self.likelihood, self.top, self.ceiling = score, likelihood, top, ceiling
+        self.map_side, self.sigma, self.products = map_side, sigma, products
+        self.levels = nn.ModuleList()
+        for number, (channels, height, width) in enumerate(shapes):
+            places = height * width
+            order = cells(height, width, cell) if covariance == "place" else torch.arange(places)[None]
+            encoded = position if places > 1 else 0
+            flow = Flow(channels, encoded, blocks, alpha, clamp, start == "gaussian", seed + number)
+            own = 0 if covariance == "identity" else len(order)
+            mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, seed + number)
+            self.levels.append(Level((channels, height, width), order, encoded, flow, mixture))
+        for name in ("image_mean", "map_mean"):
+            self.register_buffer(name, torch.zeros(len(shapes), products))
+        for name in ("image_scale", "map_scale"):
+            self.register_buffer(name, torch.ones(len(shapes), products))
+        self.register_buffer("ceilings", torch.zeros(len(shapes)))
+        self.register_buffer("gate", torch.zeros(()))
+
+    def level(self, number: int) -> Level:
+        """Level by number."""
+        level = self.levels[number]
+        assert isinstance(level, Level)
+        return level
+
+    def grid(self, level: int) -> Tensor:
+        """Places of a level grouped by cell, (c, q)."""
+        return self.level(level).order
+
+    # Learning: here, and only here, the product of an image is known.
+
+    def parameter_groups(self, level: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Flow with weight decay; centres and weights of the mixture without."""
+        part = self.level(level)
+        return list(part.flow.parameters()), list(part.mixture.parameters())
+
+    def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
+        """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join."""
+        z, logdet = self.level(level).latent(vectors, places)
+        terms = self.level(level).mixture.terms(z, logdet, product, self.label_smoothing)
+        total = self.lambda1 * terms.inter + self.lambda2 * terms.information + terms.entropy
+        if progress >= self.first_stage:
+            total = total + terms.intra + (terms.sigmoid if self.log_sigmoid else 0)
+        return {"total": total, "inter": terms.inter, "information": terms.information, "intra": terms.intra}
+
+    def held_out_loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor) -> Tensor:
+        """Negative log-likelihood per dimension under each image's own product, mean over the vectors."""
+        part = self.level(level)
+        z, logdet = part.latent(vectors, places)
+        return -part.density(part.mixture.own(z, product), logdet).mean()
+
+    @torch.no_grad()
+    def prepare(self, train: Pass) -> None:
+        """Whitening, centres and covariances from the training features: training begins at a Gaussian solution."""
+        if self.start == "published":
+            return
+        for number in range(len(self.levels)):
+            self._whiten(number, train)
+            self._centre(number, train)
+            if self.covariance == "place":
+                self._localise(number, train)
+
+    def _by_product(self, train: Pass, number: int) -> Iterator[tuple[int, Tensor]]:
+        """Vectors of a level, (m, c, q, C), product by product within each batch."""
+        for features, product in train():
+            vectors = self.level(number).arranged(features[number])
+            for y in product.unique().tolist():
+                yield y, vectors[product == y]
+
+    def _latents(self, train: Pass, number: int) -> Iterator[tuple[int, Tensor]]:
+        level = self.level(number)
+        for y, vectors in self._by_product(train, number):
+            yield y, level.latent(vectors, level.order)[0]
+
+    def _whiten(self, number: int, train: Pass) -> None:
+        """First layer: the covariance inside products becomes the identity."""
+        level = self.level(number)
+        moments = Moments(self.products, level.shape[0])
+        for y, vectors in self._by_product(train, number):
+            moments.add(torch.tensor([y]), vectors.flatten(0, 2)[None])
+        mean, covariance = within(moments)
+        whiten = whitening(covariance)
+        level.shift.copy_(mean)
+        level.whiten.copy_(whiten)
+        level.log_whiten.copy_(torch.linalg.slogdet(whiten)[1])
+
+    def _centre(self, number: int, train: Pass) -> None:
+        """Main centres: the product means. Metrics: each product's covariance after Ledoit and Wolf."""
+        level = self.level(number)
+        moments = Moments(self.products, level.shape[0])
+        for y, z in self._latents(train, number):
+            moments.add(torch.tensor([y]), z.flatten(0, 2)[None])
+        level.mixture.mu.copy_(moments.mean())
+        if self.covariance == "identity":
+            return
+        fourth = torch.zeros(self.products, dtype=torch.float64)
+        for y, z in self._latents(train, number):
+            fourth[y] += (z.flatten(0, 2).double() - moments.mean()[y]).square().sum(1).square().sum()
+        for y, covariance in enumerate(moments.covariance()):
+            shrinkage = ledoit_wolf(covariance, float(fourth[y]), float(moments.count[y]))
+            metric = whitening(shrunk(covariance, shrinkage))
+            level.mixture.metric[y] = metric.to(level.mixture.metric.dtype)
+            level.mixture.log_volume[y] = torch.linalg.slogdet(metric)[1].to(level.mixture.log_volume.dtype)
+
+    def _localise(self, number: int, train: Pass) -> None:
+        """Means and covariances of the cells, relative to their product's and drawn towards it."""
+        level, mixture = self.level(number), self.level(number).mixture
+        moments, size = Moments(self.products * mixture.cells, level.shape[0]), level.order.shape[1]
+        for y, z in self._latents(train, number):
+            residual = mixture.residual(z, y, mixture.mu[y]).transpose(0, 1).flatten(1, 2)
+            moments.add(torch.arange(mixture.cells) + y * mixture.cells, residual)
+        for y in range(self.products):
+            self._localise_product(mixture, y, moments, size)
+
+    def _localise_product(self, mixture: HierarchicalMixture, product: int, moments: Moments, size: int) -> None:
+        rows = slice(product * mixture.cells, (product + 1) * mixture.cells)
+        images = (moments.count[rows] / size)[:, None]
+        observed = moments.mean()[rows]
+        mean = observed * images / (images + PRIOR_MEAN)
+        gap = (observed - mean)[:, :, None]
+        covariance, images = moments.covariance_of(rows) + gap * gap.mT, images[..., None]
+        identity = torch.eye(mixture.channels, dtype=torch.float64)
+        drawn = whitening((images * covariance + self.prior * identity) / (images + self.prior))
+        base = mixture.metric[product].double()
+        metric = drawn @ base
+        mixture.offset[product] = torch.linalg.solve(base, mean[..., None])[..., 0].to(mixture.offset.dtype)
+        mixture.metric[product] = metric.to(mixture.metric.dtype)
+        mixture.log_volume[product] = torch.linalg.slogdet(metric)[1].to(mixture.log_volume.dtype)
+
+    @torch.no_grad()
+    def finish(self, held_out: Pass) -> None:
+        """Scales of scores and likelihoods, from normal images that the flow was not trained on."""
+        self._measure_logdet(held_out)
+        self._measure_ceilings(held_out)
+        self._measure_distances(held_out)
+
+    def _measure_logdet(self, held_out: Pass) -> None:
+        total, count = torch.zeros(len(self.levels), dtype=torch.float64), 0
+        for features, product in held_out():
+            total += torch.tensor([float(latent.logdet.double().mean()) for latent in self._read(features)]) * len(product)
+            count += len(product)
+        for number in range(len(self.levels)):
+            self.level(number).mean_logdet.copy_(total[number] / max(count, 1))
+
+    def _measure_distances(self, held_out: Pass) -> None:
+        images, maps = Moments(len(self.levels) * self.products, 1), Moments(len(self.levels) * self.products, 1)
+        for features, product in held_out():
+            for number, distance in enumerate(self._distances(self._read(features), product)):
+                for y in product.unique().tolist():
+                    chosen, group = distance[product == y], torch.tensor([number * self.products + y])
+                    images.add(group, top_mean(chosen, self.top)[None, :, None])
+                    maps.add(group, chosen.flatten()[None, :, None])
+        for moments, mean, scale in (
+            (images, self.image_mean, self.image_scale),
+            (maps, self.map_mean, self.map_scale),
+        ):
+            self._standardise(moments, images.count.reshape(mean.shape), mean, scale)
+
+    def _standardise(self, moments: Moments, images: Tensor, mean: Tensor, scale: Tensor) -> None:
+        """Mean and spread of each product; of few held-out images, drawn towards the average product's."""
+        observed, variance = moments.mean().reshape(mean.shape), moments.covariance().reshape(mean.shape)
+        weight = images / images.sum(1, keepdim=True).clamp(min=1)
+        average = (weight * observed).sum(1, keepdim=True)
+        typical = (weight * variance).sum(1, keepdim=True)
+        mean.copy_(torch.where(images > 0, observed, average))
+        scale.copy_(((images * variance + PRIOR_SCALE * typical) / (images + PRIOR_SCALE)).sqrt().clamp(min=1e-6))
+
+    def _measure_ceilings(self, held_out: Pass) -> None:
+        best: list[list[Tensor]] = [[] for _ in self.levels]
+        vectors, entropies = [0] * len(self.levels), []
+        for features, product in held_out():
+            latents = self._read(features)
+            for number, density in enumerate(self._densities(latents, product)):
+                flat = density.flatten(1)
+                best[number].append(flat.topk(max(1, flat.shape[1] // 50), dim=1).values.flatten())
+                vectors[number] += flat.numel()
+            entropies.append(self._unlikely([torch.exp(-self._entropy(latent)) for latent in latents]).flatten(1))
+        for number, values in enumerate(best):
+            highest = torch.cat(values).sort(descending=True).values
+            self.ceilings[number] = highest[min(int((1 - self.ceiling) * vectors[number]), len(highest) - 1)]
+        self.gate.copy_(torch.cat([values.median(1).values for values in entropies]).median())
+
+    # Scoring.
+
+    def _read(self, features: Features) -> list[_Latent]:
+        latents = []
+        for part, level in zip(self.levels, features, strict=True):
+            assert isinstance(part, Level)
+            z, logdet = part.latent(part.arranged(level), part.order)
+            latents.append(_Latent(part, z, logdet, part.mixture.logits(z)))
+        return latents
+
+    def _inside(self, latent: _Latent, product: Tensor) -> Tensor:
+        mixture = latent.level.mixture
+        if self.likelihood == "predicted":
+            return mixture.own(latent.z, product)
+        weights = mixture.psi.log_softmax(0)
+        rows = [mixture.inside(latent.z, y) + weights[y] for y in range(self.products)]
+        return torch.logsumexp(torch.stack(rows), dim=0)
+
+    def _distances(self, latents: Sequence[_Latent], product: Tensor) -> list[Tensor]:
+        return [
+            latent.level.as_map(latent.level.distance(self._inside(latent, product), latent.logdet, product))
+            for latent in latents
+        ]
+
+    def _densities(self, latents: Sequence[_Latent], product: Tensor) -> list[Tensor]:
+        return [
+            latent.level.as_map(latent.level.density(self._inside(latent, product), latent.logdet)) for latent in latents
+        ]
+
+    def _entropy(self, latent: _Latent) -> Tensor:
+        return latent.level.as_map(entropy(latent.logits))
+
+    def recognise(self, features: Features) -> Tensor:
+        """log p(product | image), (N, K): the mean over levels and places of that of the vectors, normalised."""
+        return torch.stack([latent.evidence() for latent in self._read(features)]).mean(0).log_softmax(1)
+
+    @torch.no_grad()
+    def forward(self, features: Features) -> Scores:
+        """L levels (N, C, h, w) -> scores with maps (N, side, side). No label: the product is the model's own guess."""
+        latents = self._read(features)
+        products = torch.stack([latent.evidence() for latent in latents]).mean(0).log_softmax(1)
+        return self._scores(latents, products.argmax(1), products)
+
+    @torch.no_grad()
+    def forward_given(self, features: Features, product: Tensor) -> Scores:
+        """The paper's protocol: scores under a given product (N,). For comparison only; not deployable."""
+        return self._scores(self._read(features), product, None)
+
+    def _scores(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
+        if self.score == "aligned":
+            return self._aligned(latents, product, products)
+        likely = [
+            torch.exp((density - ceiling).clamp(max=0))
+            for density, ceiling in zip(self._densities(latents, product), self.ceilings, strict=True)
+        ]
+        certain = [torch.exp(-self._entropy(latent)) for latent in latents]
+        gate = self.gate if self.score == "gated" else 0.0
+        maps = self._unlikely(likely) * (self._unlikely(certain) + gate)
+        return Scores(maps.flatten(1).amax(1), maps, products)
+
+    def _unlikely(self, parts: Sequence[Tensor]) -> Tensor:
+        """L - sum of the levels' values in (0, 1], blurred, (N, side, side)."""
+        return fused(parts, float(len(parts)), self.map_side, self.sigma)
+
+    def _aligned(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
+        distances = self._distances(latents, product)
+        images, maps = [], []
+        for number, distance in enumerate(distances):
+            summary = top_mean(distance, self.top)
+            images.append((summary - self.image_mean[number, product]) / self.image_scale[number, product])
+            centre, scale = self.map_mean[number, product], self.map_scale[number, product]
+            standard = (distance - centre[:, None, None]) / scale[:, None, None]
+            if latents[number].level.dense or len(latents) == 1:
+                maps.append(upsampled(standard, self.map_side))
+        return Scores(torch.stack(images).mean(0), blurred(torch.stack(maps).mean(0), self.sigma), products)
+
+
+def fused(parts: Sequence[Tensor], offset: float | Tensor, side: int, sigma: float) -> Tensor:
+    """offset - sum of the levels' maps (N, h, w), each brought to side x side, then blurred: S_l and S_e of the paper."""
+    return blurred(offset - torch.stack([upsampled(part, side) for part in parts]).sum(0), sigma)
+
+
+def _check_choices(**chosen: str) -> None:
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ConfigError(unknown_name(name, value, CHOICES[name]))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name}: got {count}, expected at least 1")

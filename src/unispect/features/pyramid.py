@@ -1,0 +1,95 @@
+"""Layers of a frozen network on copies of the image at several scales, as HGAD uses them, and pooled over the image.
+
+*Hierarchical Gaussian Mixture Normalizing Flow Modeling for Unified Anomaly Detection* (Yao et al., 2024),
+https://arxiv.org/abs/2403.13349
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from unispect.errors import ConfigError
+from unispect.features.backbones import Backbone
+from unispect.features.base import Extractor
+from unispect.types import Features
+
+
+class PyramidExtractor(Extractor):
+    """Every layer at every scale is one dense level; after them, every pooled layer is one 1 x 1 level.
+
+    backbone   name of a timm network, with its weight tag where it has several ("tf_efficientnet_b6.aa_in1k")
+    layers     layers that give dense levels
+    scales     sides of the copies relative to the image
+    pooled     layers whose mean over the places of the full image is a level; may be deeper than `layers`
+    weights    where the weights come from, see `weights.load_backbone_weights`
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str | int],
+        scales: Sequence[float] = (1.0,),
+        pooled: Sequence[str | int] = (),
+        weights: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_scales(scales)
+        self.scales = tuple(float(scale) for scale in scales)
+        self.backbone = Backbone(backbone, [*layers, *pooled], weights)
+        self.layers = _distinct("layers", self.backbone.layers[: len(layers)])
+        self.pooled = _distinct("pooled", self.backbone.layers[len(layers) :])
+
+    def forward(self, images: Tensor) -> Features:
+        image = self.backbone.normalise(images)
+        runs = {scale: self.backbone.levels(_scaled(image, scale), self._wanted(scale)) for scale in self._runs()}
+        dense = [runs[scale][layer] for scale in self.scales for layer in self.layers]
+        return dense + [runs[1.0][layer].mean((2, 3), keepdim=True) for layer in self.pooled]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        widths = dict(zip(self.backbone.layers, self.backbone.channels, strict=True))
+        return tuple(widths[layer] for layer in (*self.layers * len(self.scales), *self.pooled))
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        dense = [layer if scale == 1 else f"{layer}@{scale:g}" for scale in self.scales for layer in self.layers]
+        return (*dense, *(f"pool:{layer}" for layer in self.pooled))
+
+    @property
+    def fingerprint(self) -> str:
+        backbone = self.backbone
+        constants = [backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()]
+        parts: list[object] = ["pyramid", backbone.source.backbone.partition(".")[0], backbone.sha256, constants]
+        parts += [self.scales, self.layers, self.pooled]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _runs(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys((*self.scales, *([1.0] if self.pooled else []))))
+
+    def _wanted(self, scale: float) -> set[str]:
+        dense = self.layers if scale in self.scales else ()
+        return {*dense, *(self.pooled if scale == 1 else ())}
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    """(N, 3, H, W) -> (N, 3, scale H, scale W). Corners aligned and no antialias, as in the published code of HGAD."""
+    if scale == 1:
+        return image
+    size = [round(int(side) * scale) for side in image.shape[-2:]]
+    return interpolate(image, size, mode="bilinear", align_corners=True)
+
+
+def _check_scales(scales: Sequence[float]) -> None:
+    if not scales or len(set(scales)) < len(scales) or any(not 0 < scale <= 1 for scale in scales):
+        raise ConfigError(f"scales={list(scales)}: expected one or more different numbers above 0 and up to 1")
+
+
+def _distinct(argument: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(layers)) < len(layers):
+        raise ConfigError(f"{argument}={list(layers)}: expected each layer only once")
+    return layers

@@ -1,0 +1,289 @@
+"""How a detector with gradients learns: one loop over steps, levels and vectors, that can stop and go on at any point.
+
+What a step sees depends on the seed and the number of the step alone, and a checkpoint holds all state; so a run that
+was killed and resumed ends, on the CPU, with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unispect.detectors.base import GradientDetector, Pass, Recipe
+from unispect.errors import UnispectError
+from unispect.features.cache import FeatureSet
+from unispect.store import read_checkpoint, write_checkpoint
+
+BATCH = 16  # images in a pass for statistics
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Features of some normal images and the product of each, (n,) int64."""
+
+    features: FeatureSet
+    product: np.ndarray
+
+    def batches(self) -> Pass:
+        """A pass over all images, as detectors take it."""
+
+        def start() -> Any:
+            place = 0
+            for _, levels in self.features.batches(BATCH):
+                count = len(levels[0])
+                yield levels, torch.from_numpy(self.product[place : place + count])
+                place += count
+
+        return start
+
+
+@dataclass
+class History:
+    """What the loop saw: held-out loss of each level at each check, and the step of the state that was kept."""
+
+    held_out: list[list[float]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    stopped: list[bool] = field(default_factory=list)
+
+
+def learning_rate(progress: float, recipe: Recipe) -> float:
+    """Cosine in `stairs` steps down to a thousandth; over the first two a linear warm-up from a tenth.
+
+    progress   share of the steps already made, in [0, 1)
+    """
+    floor, warm = recipe.learning_rate * 1e-3, 2 / recipe.stairs
+    if progress < warm:
+        goal = _cosine(warm, recipe.learning_rate, floor)
+        return recipe.learning_rate / 10 + (goal - recipe.learning_rate / 10) * progress / warm
+    return _cosine(math.floor(progress * recipe.stairs + 1e-9) / recipe.stairs, recipe.learning_rate, floor)
+
+
+def _cosine(progress: float, highest: float, lowest: float) -> float:
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Sampler:
+    """Vectors of a step: images without replacement within a pass, places at random in each cell."""
+
+    def __init__(self, data: Labelled, detector: GradientDetector, recipe: Recipe, seed: int) -> None:
+        self.data, self.recipe, self.seed = data, recipe, seed
+        self.grids = [detector.grid(number) for number in range(len(detector.levels))]
+        self.images = min(recipe.images, len(data.features))
+        self.per_pass = max(1, len(data.features) // self.images)
+
+    def draw(self, step: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (m, c, q, C), places (c, q) and products (m,)."""
+        turn, place = divmod(step, self.per_pass)
+        order = np.random.default_rng((self.seed, turn)).permutation(len(self.data.features))
+        images = order[place * self.images : (place + 1) * self.images]
+        places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level])
+        return *vectors(self.data, level, images, places), places
+
+    def _places(self, generator: np.random.Generator, grid: Tensor) -> Tensor:
+        most = grid.shape[1]
+        if self.recipe.places is None or self.recipe.places >= most:
+            return grid
+        chosen = generator.permuted(np.broadcast_to(np.arange(most), grid.shape), axis=1)[:, : self.recipe.places]
+        return grid.gather(1, torch.from_numpy(np.ascontiguousarray(chosen)))
+
+
+def vectors(data: Labelled, level: int, images: np.ndarray, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (m, c, q, C) of chosen images (m,) at places (c, q), and the images' products (m,)."""
+    flat = np.broadcast_to(places.flatten().numpy(), (len(images), places.numel()))
+    found = data.features.gather(level, images, flat)
+    return found.reshape(len(images), *places.shape, -1), torch.from_numpy(data.product[images])
+
+
+def fit(
+    detector: GradientDetector,
+    train: Labelled,
+    held_out: Labelled,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> History:
+    """Learn in place; the state with the lowest held-out loss is kept, level by level, the one before any step included.
+
+    checkpoint   file to write at every check, and to go on from if it is there
+    identity     what the run is of (settings and data); a checkpoint of another run is an error
+    progress     called after each step with steps made, steps in all and the latest losses
+
+    Raises UnispectError for a checkpoint of another run.
+    """
+    loop = _Loop(detector, train, held_out, recipe, seed, checkpoint, identity)
+    if not loop.resume():
+        detector.prepare(train.batches())
+        loop.begin()
+    loop.run(progress)
+    detector.finish(held_out.batches())
+    return loop.history
+
+
+class _Loop:
+    """The state of a run: detector, optimizers, best states and history."""
+
+    def __init__(
+        self,
+        detector: GradientDetector,
+        train: Labelled,
+        held_out: Labelled,
+        recipe: Recipe,
+        seed: int,
+        checkpoint: Path | None,
+        identity: str,
+    ) -> None:
+        self.detector, self.held_out, self.recipe = detector, held_out, recipe
+        self.checkpoint, self.identity = checkpoint, identity
+        self.sampler = Sampler(train, detector, recipe, seed)
+        self.steps = recipe.total(len(train.features))
+        self.every = max(1, math.ceil(self.steps / recipe.checks)) if recipe.checks else self.steps + 1
+        self.optimizers = self._optimizers()
+        self.levels = range(len(detector.levels))
+        self.best: dict[str, Tensor] = {}
+        self.history, self.step = History(), 0
+
+    def _optimizers(self) -> list[torch.optim.Adam]:
+        groups = [self._groups(level) for level in range(len(self.detector.levels))]
+        if self.recipe.optimizer == "shared":
+            shared = self._adam([group for level in groups for group in level])
+            return [shared] * len(groups)
+        return [self._adam(level) for level in groups]
+
+    def _groups(self, level: int) -> list[dict[str, Any]]:
+        decayed, free = self.detector.parameter_groups(level)
+        return [{"params": decayed, "weight_decay": self.recipe.decay}, {"params": free, "weight_decay": 0.0}]
+
+    def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
+        return torch.optim.Adam(groups, lr=0.0, betas=(self.recipe.beta1, self.recipe.beta2))
+
+    def begin(self) -> None:
+        """Look at the state before any step: nothing worse than it is ever kept."""
+        self.history.stopped = [False] * len(self.detector.levels)
+        self.history.kept = [0] * len(self.detector.levels)
+        self.history.held_out = [[] for _ in self.detector.levels]
+        if self.recipe.checks:
+            self._check()
+        self._save()
+
+    def run(self, progress: Progress | None) -> None:
+        """All remaining steps, then the best states back in place."""
+        losses: dict[str, float] = {}
+        while self.step < self.steps and not all(self.history.stopped):
+            for level in self.levels:
+                if not self.history.stopped[level]:
+                    losses = self._advance(level)
+            self.step += 1
+            if self.step % self.every == 0 or (self.recipe.checks and self.step == self.steps):
+                self._check()
+                self._save()
+            if progress:
+                progress(self.step, self.steps, losses | self._latest())
+        if self.recipe.checks:
+            self._restore()
+
+    def _advance(self, level: int) -> dict[str, float]:
+        """One optimizer step on one level."""
+        optimizer, done = self.optimizers[level], self.step / self.steps
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(done, self.recipe)
+        found, product, places = self.sampler.draw(self.step, level)
+        optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
+        losses = self.detector.loss(level, found, places, product, done)
+        torch.autograd.backward(losses["total"])
+        optimizer.step()
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _latest(self) -> dict[str, float]:
+        seen = [values[-1] for values in self.history.held_out if values]
+        return {"held_out": sum(seen) / len(seen)} if seen else {}
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Held-out loss of every level that still learns; its state is remembered where it is the best so far."""
+        self.history.steps.append(self.step)
+        for level in self.levels:
+            if self.history.stopped[level]:
+                continue
+            loss, seen = self._held_out_loss(level), self.history.held_out[level]
+            if not seen or loss < min(seen):
+                self.history.kept[level] = self.step
+                self._remember(level)
+            seen.append(loss)
+            best = min(range(len(seen)), key=seen.__getitem__)
+            self.history.stopped[level] = len(seen) - 1 - best >= self.recipe.patience
+
+    def _held_out_loss(self, level: int) -> float:
+        """Over all places of at most `held_out_images` images, evenly taken."""
+        count = len(self.held_out.features)
+        images = np.unique(np.linspace(0, count - 1, min(count, self.recipe.held_out_images)).astype(np.int64))
+        total = 0.0
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            found, product = vectors(self.held_out, level, part, self.sampler.grids[level])
+            total += float(self.detector.held_out_loss(level, found, self.sampler.grids[level], product)) * len(part)
+        loss = total / len(images)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _remember(self, level: int) -> None:
+        prefix = f"levels.{level}."
+        for name, value in self.detector.state_dict().items():
+            if name.startswith(prefix):
+                self.best[name] = value.clone()
+
+    def _restore(self) -> None:
+        self.detector.load_state_dict(self.detector.state_dict() | self.best)
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for number, optimizer in enumerate(self._distinct()):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam.{number}.{index}.{name}": value for name, value in state.items()}
+        meta = {"identity": self.identity, "step": self.step, "history": vars(self.history)}
+        write_checkpoint(self.checkpoint, tensors, meta)
+
+    def _distinct(self) -> list[torch.optim.Adam]:
+        return self.optimizers[:1] if self.recipe.optimizer == "shared" else self.optimizers
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint; False where there is none."""
+        found = read_checkpoint(self.checkpoint) if self.checkpoint else None
+        if found is None:
+            return False
+        tensors, meta = found
+        if meta["identity"] != self.identity:
+            raise UnispectError(
+                f"{self.checkpoint} belongs to a run with other settings or data: give the same ones again, "
+                "or choose another output, or delete it to start anew"
+            )
+        self.detector.load_state_dict(_below(tensors, "detector."))
+        self.best = _below(tensors, "best.")
+        for number, optimizer in enumerate(self._distinct()):
+            _fill(optimizer, _below(tensors, f"adam.{number}."))
+        self.step, self.history = meta["step"], History(**meta["history"])
+        return True
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _fill(optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

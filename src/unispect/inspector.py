@@ -1,0 +1,483 @@
+"""The whole line as one object: images -> features -> detector -> decision -> finding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unispect.config import construct, merge, read_toml, settings, write_toml
+from unispect.data.folder import images_below, read_folder
+from unispect.data.loader import Failure, Loader, Preparation, decode
+from unispect.data.records import Record, Split, content_hash, split_normals
+from unispect.decide.conformal import ConformalRule, band, needed
+from unispect.detectors.base import Detector, GradientDetector, Recipe
+from unispect.detectors.methods import METHODS
+from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
+from unispect.features.cache import FeatureCache
+from unispect.features.engine import Engine, engine
+from unispect.features.pyramid import PyramidExtractor
+from unispect.fit import Labelled, fit
+from unispect.metrics.regions import regions
+from unispect.nn.clusters import discover
+from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
+from unispect.types import Batch, Finding, Region, Scores
+
+FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
+SECTIONS = ("preparation", "features", "split", "training", "decision")
+Progress = Callable[[str, int, int, dict[str, float]], None]
+Source = Path | str | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSettings:
+    """Which frozen network looks at the images, and how (see features.pyramid and features.engine)."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    layers: tuple[str, ...] = ("blocks.2", "blocks.4")
+    scales: tuple[float, ...] = (1.0,)
+    pooled: tuple[str, ...] = ("blocks.5", "blocks.6")
+    weights: str = "auto"
+    engine: str = "auto"
+    precision: str = "f32"
+
+    def build(self) -> Engine:
+        """The network, ready to run."""
+        extractor = PyramidExtractor(self.backbone, self.layers, self.scales, self.pooled, self.weights)
+        return engine(extractor, self.engine, self.precision)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSettings:
+    """Shares of the normal images of each product that the detector does not learn from."""
+
+    held_out: float = 0.12
+    calibration: float = 0.14
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionSettings:
+    """The promise: at most this share of normal images raises an alarm. Regions smaller than min_area pixels go."""
+
+    false_alarm_rate: float = 0.01
+    min_area: int = 16
+
+
+def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, Any]:
+    """The full table of settings: what is given, and the default of everything else.
+
+    Raises ConfigError for unknown names and impossible values, naming the section.
+    """
+    given = read_toml(Path(config)) if isinstance(config, Path | str) else dict(config or {})
+    method = given.get("method", "hgad")
+    if method not in METHODS:
+        raise ConfigError(unknown_name("method", str(method), METHODS))
+    known = {"method", "seed", *SECTIONS, *METHODS}
+    for name in given:
+        if name not in known:
+            raise ConfigError(unknown_name("setting", name, known))
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ConfigError(f"seed: got {seed!r}, expected a whole number >= 0")
+    factories = {
+        "preparation": Preparation,
+        "features": FeatureSettings,
+        "split": SplitSettings,
+        "training": Recipe,
+        "decision": DecisionSettings,
+    }
+    table: dict[str, Any] = {"method": method, "seed": seed}
+    for name, factory in factories.items():
+        construct(factory, given.get(name, {}), name)
+        table[name] = settings(factory, given.get(name, {}), where=name)
+    table[method] = settings(METHODS[method], given.get(method, {}), ("shapes", "products", "seed"), method)
+    return table
+
+
+class Inspector:
+    """A learnt model: images in, findings out, under one threshold and with no product label.
+
+    config       the full table of settings
+    products     names of the products it has learnt
+    threshold    a higher score is an alarm
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        products: Sequence[str],
+        eyes: Engine,
+        detector: Detector,
+        calibration: Calibration,
+        split: Split,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.config, self.products, self.split = dict(config), tuple(products), split
+        self.engine, self.detector, self.calibration = eyes, detector.eval(), calibration
+        self.preparation = construct(Preparation, config["preparation"], "preparation")
+        self.decision = construct(DecisionSettings, config["decision"], "decision")
+        self.facts = dict(facts)
+        self.threshold = calibration.images.threshold(self.false_alarm_rate)
+        self.pixel_threshold = calibration.pixels.threshold(self.false_alarm_rate)
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """The promised share of normal images that raise an alarm."""
+        return float(self.decision.false_alarm_rate)
+
+    @classmethod
+    def fit(
+        cls,
+        data: Path | str | Sequence[Record],
+        config: Mapping[str, Any] | Path | str | None = None,
+        *,
+        cache: FeatureCache | None = None,
+        checkpoint: Path | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> Inspector:
+        """Learn from the good training images of all products at once.
+
+        data         a folder (see data.folder for the layouts) or records; test images in it are not touched
+        config       a TOML file or table of settings; what it does not say has its default
+        cache        where features are kept; the user's cache folder unless given
+        checkpoint   file that makes the run go on where it was killed
+        strict       the first broken image is an error instead of being left out
+
+        Raises DataError, ConfigError, CalibrationError (too few images for the promised rate) and WeightsError.
+        """
+        return _Fit(complete(config), cache or FeatureCache(), checkpoint, strict, progress).run(data)
+
+    # Findings.
+
+    def findings(self, records: Sequence[Record], strict: bool = False) -> Iterator[tuple[Record, Finding | Failure]]:
+        """A finding for each record, in order, or what is wrong with its file. Reads the path of a record only."""
+        loader = Loader(records, self.preparation, strict=strict)
+        done, failed = 0, 0
+        for batch in loader:
+            scores = self._scores(batch.images)
+            for place, index in enumerate(batch.index.tolist()):
+                while done < index:
+                    yield records[done], loader.failures[failed]
+                    done, failed = done + 1, failed + 1
+                yield records[index], self._finding(str(records[index].path), scores, place, loader.sizes[index])
+                done = index + 1
+        for missing in range(done, len(records)):
+            yield records[missing], loader.failures[failed + missing - done]
+
+    def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
+        """What is to be said of an image, or of several.
+
+        source   a file, an array (H, W), (H, W, 3) or (H, W, 4), a Pillow image: one finding;
+                 a folder, an array (N, H, W, 3) or a sequence of the above: a list, in order
+
+        Raises ImageError for what is not an image.
+        """
+        if isinstance(source, np.ndarray) and source.ndim == 4:
+            return [self._one(image) for image in source]
+        if isinstance(source, Path | str) and Path(source).is_dir():
+            return [self._one(path) for path in images_below(Path(source))]
+        if isinstance(source, Path | str | np.ndarray | Image.Image):
+            return self._one(source)
+        return [self._one(image) for image in source]
+
+    def _one(self, source: Source) -> Finding:
+        array = decode(Path(source) if isinstance(source, str) else source)
+        images = torch.from_numpy(self.preparation.image(array))[None]
+        name = str(source) if isinstance(source, Path | str) else None
+        return self._finding(name, self._scores(images), 0, (array.shape[1], array.shape[0]))
+
+    @torch.inference_mode()
+    def _scores(self, images: torch.Tensor) -> Scores:
+        return self.detector(self.engine(images))  # type: ignore[no-any-return]
+
+    def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int]) -> Finding:
+        score = float(scores.image[place])
+        scaled = self.calibration.scaled(scores.maps[place].numpy(), self.pixel_threshold)
+        product, probability = self._resembles(scores, place)
+        alarm = score > self.threshold
+        return Finding(
+            path=path,
+            score=score,
+            threshold=self.threshold,
+            p_value=self.calibration.images.p_value(score),
+            anomalous=alarm,
+            product=product,
+            product_probability=probability,
+            regions=self._regions(scaled, size) if alarm else (),
+            map=scaled,
+            width=size[0],
+            height=size[1],
+        )
+
+    def _resembles(self, scores: Scores, place: int) -> tuple[str | None, float | None]:
+        if scores.products is None:
+            return None, None
+        best = int(scores.products[place].argmax())
+        return self.products[best], float(scores.products[place, best].exp())
+
+    def _regions(self, scaled: np.ndarray, size: tuple[int, int]) -> tuple[Region, ...]:
+        """Parts of the map above its threshold; where there is none, the surroundings of the highest place."""
+        found = regions(scaled, 1.0, self.decision.min_area)
+        if not found:
+            found = regions(scaled, min(1.0, 0.8 * float(scaled.max())), 1)[:1]
+        side = scaled.shape[0]
+        return tuple(
+            Region(*self.preparation.box_to_original(left, top, right, bottom, side, *size), peak, area)
+            for left, top, right, bottom, peak, area in found
+        )
+
+    # Keeping.
+
+    def save(self, path: Path | str, overwrite: bool = False) -> Path:
+        """Write the model as a folder, all or nothing.
+
+        Raises StoreError where something else is there.
+        """
+        files = {
+            "config.toml": write_toml(self.config).encode(),
+            "weights.safetensors": pack_tensors(self.detector.state_dict()),
+            "calibration.json": _json(self.calibration.as_dict()),
+            "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
+            "card.md": self.card().encode(),
+        }
+        return write_folder(Path(path), files, overwrite)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Inspector:
+        """Read a model that `save` wrote.
+
+        Raises StoreError for a damaged or foreign folder, or where the backbone's weights are not those it learnt with.
+        """
+        files = read_model(Path(path), FILES)
+        config = complete(_toml(files["config.toml"]))
+        about = json.loads(files["split.json"])
+        eyes = construct(FeatureSettings, config["features"], "features").build()
+        if eyes.fingerprint != about["facts"]["features"]:
+            raise StoreError(
+                f"{path}: the weights of {config['features']['backbone']} on this machine are not those it learnt with: "
+                f"see `unispect doctor`, and set features.weights to the file that was used"
+            )
+        detector = _detector(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
+        detector.load_state_dict(unpack_tensors(files["weights.safetensors"]))
+        calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
+        split = Split.from_dict(about["split"])
+        return cls(config, about["products"], eyes, detector, calibration, split, about["facts"])
+
+    def with_false_alarm_rate(self, rate: float) -> Inspector:
+        """The same model under another promise; nothing is learnt anew.
+
+        Raises CalibrationError where the calibration images cannot support it.
+        """
+        config = merge(self.config, {"decision": {"false_alarm_rate": rate}})
+        return Inspector(config, self.products, self.engine, self.detector, self.calibration, self.split, self.facts)
+
+    def card(self) -> str:
+        """What the model is, in words a person can file: data, settings, promise and limits."""
+        size, rate = len(self.calibration.images.scores), self.false_alarm_rate
+        low, high = band(size, rate)
+        kinds = "found by clustering: no product was named" if self.facts["clustered"] else "named in the data"
+        lines = [
+            f"# Model card: {self.config['method']} on {len(self.products)} product{'s' * (len(self.products) != 1)}",
+            "",
+            f"- Products ({kinds}): {', '.join(self.products)}",
+            f"- Images: {len(self.split.train)} to learn from, {len(self.split.held_out)} held out for scales and "
+            f"stopping, {size} to calibrate the threshold. All were taken to be good.",
+            f"- Backbone: {self.config['features']['backbone']}, {self.config['preparation']['size']} px, precision "
+            f"{self.config['features']['precision']}; fingerprint {self.facts['features'][:16]}",
+            f"- Promise: at most {rate:.2%} of normal images raise an alarm, on average over calibration sets, as long as "
+            f"images are exchangeable with those it was calibrated on. With {size} calibration images the long-run rate "
+            f"lies between {low:.2%} and {high:.2%} in 90 of 100 fits.",
+            f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring.",
+            f"- Seed {self.config['seed']}; held-out loss by level and check: {json.dumps(self.facts['history'])}",
+            "- Not covered: products it has never seen, changes of camera, light or lens.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Scores of the calibration normals: of images, of the highest place of each map, and the median place."""
+
+    images: ConformalRule
+    pixels: ConformalRule
+    median: float
+
+    def scaled(self, scores: np.ndarray, threshold: float) -> np.ndarray:
+        """A map in units of the calibration normals: 0 is their median, 1 the pixel threshold."""
+        return ((scores - self.median) / max(threshold - self.median, 1e-9)).astype(np.float32)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"images": self.images.as_dict(), "pixels": self.pixels.as_dict(), "median": self.median}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Calibration:
+        """What `as_dict` gave."""
+        rules = {name: ConformalRule.from_dict(table[name]) for name in ("images", "pixels")}
+        return cls(median=float(table["median"]), **rules)
+
+
+class _Fit:
+    """One run of `Inspector.fit`."""
+
+    def __init__(
+        self, config: dict[str, Any], cache: FeatureCache, checkpoint: Path | None, strict: bool, progress: Progress | None
+    ) -> None:
+        self.config, self.cache, self.checkpoint, self.strict = config, cache, checkpoint, strict
+        self.tell = progress or (lambda stage, done, total, losses: None)
+        self.preparation = construct(Preparation, config["preparation"], "preparation")
+        self.failures: list[Failure] = []
+
+    def run(self, data: Path | str | Sequence[Record]) -> Inspector:
+        split = self._split(data)
+        rate = self.config["decision"]["false_alarm_rate"]
+        if len(split.calibration) < needed(rate):
+            ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
+        eyes = construct(FeatureSettings, self.config["features"], "features").build()
+        roles = {name: self._features(getattr(split, name), split, eyes, name) for name in ("train", "held_out")}
+        names, labels, clustered = self._products(split, roles)
+        train, held_out = (Labelled(roles[name][0], labels[name]) for name in ("train", "held_out"))
+        _check_enough(train.product, names)
+        shapes = train.features.shapes
+        detector = _detector(self.config, shapes, len(names))
+        assert isinstance(detector, GradientDetector)
+        recipe = construct(Recipe, self.config["training"], "training")
+        identity = self._identity(split, eyes)
+        history = fit(detector, train, held_out, recipe, self.config["seed"], self.checkpoint, identity, self._step)
+        calibration = self._calibrate(detector.eval(), split, eyes)
+        facts = {
+            "features": eyes.fingerprint,
+            "shapes": [list(shape) for shape in shapes],
+            "clustered": clustered,
+            "history": asdict(history),
+            "failures": [f"{failure.path}: {failure.reason}" for failure in self.failures],
+        }
+        return Inspector(self.config, names, eyes, detector, calibration, split, facts)
+
+    def _split(self, data: Path | str | Sequence[Record]) -> Split:
+        records = read_folder(data) if isinstance(data, Path | str) else list(data)
+        normal = [record for record in records if record.split == "train"]
+        if not normal:
+            raise DataError(f"data: {len(records)} images, none of them to learn from: expected good images in train/good")
+        normal = self._readable(normal)
+        shares = self.config["split"]
+        return split_normals(normal, shares["held_out"], shares["calibration"], self.config["seed"])
+
+    def _readable(self, records: Sequence[Record]) -> list[Record]:
+        """Records whose files have any content; the loader finds the other faults when it decodes."""
+        return [record for record in records if record.path.is_file()]
+
+    def _features(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[Any, list[Record]]:
+        """Features of the images that can be read, and their records."""
+        if not records:
+            raise DataError(f"{stage}: no image is left for it: give more images, or larger shares under [split]")
+        contents = [split.hashes.get(record.path) or content_hash(record.path) for record in records]
+
+        def batches(wanted: list[int]) -> Iterator[Batch]:
+            loader = Loader([records[place] for place in wanted], self.preparation, strict=self.strict)
+            places = torch.tensor(wanted)
+            for batch in loader:
+                yield Batch(batch.images, places[batch.index])
+            self.failures += loader.failures
+
+        key = json.dumps(asdict(self.preparation), sort_keys=True)
+        found = self.cache.features(
+            [record.path for record in records],
+            contents,
+            batches,
+            eyes,
+            key,
+            lambda done, total: self.tell(f"features: {stage}", done, total, {}),
+        )
+        if not len(found):
+            raise ImageError(f"{stage}: none of {len(records)} images can be read: see `unispect check`")
+        return found, [records[index] for index in found.indices]
+
+    def _products(
+        self, split: Split, roles: Mapping[str, tuple[Any, list[Record]]]
+    ) -> tuple[list[str], dict[str, np.ndarray], bool]:
+        """Names of the products and the number of each image's; clusters of pooled features where none is named."""
+        named = {record.product for _, records in roles.values() for record in records}
+        if None not in named:
+            names = sorted(str(name) for name in named)
+            place = {name: number for number, name in enumerate(names)}
+            return names, {role: _numbers(records, place) for role, (_, records) in roles.items()}, False
+        if len(named) > 1:
+            raise DataError("some images have a product and some have none: name the product of all images, or of none")
+        counts = {role: len(records) for role, (_, records) in roles.items()}
+        found = discover(torch.cat([_pooled(features) for features, _ in roles.values()]), seed=self.config["seed"]).numpy()
+        found = _inhabited(found, counts["train"])
+        names = [f"cluster-{number + 1}" for number in range(int(found.max()) + 1)]
+        first = counts["train"]
+        return names, {"train": found[:first], "held_out": found[first:]}, True
+
+    def _calibrate(self, detector: Detector, split: Split, eyes: Engine) -> Calibration:
+        features, _ = self._features(split.calibration, split, eyes, "calibration")
+        images, peaks, medians = [], [], []
+        with torch.inference_mode():
+            for _, levels in features.batches(8):
+                scores = detector(levels)
+                images += scores.image.tolist()
+                peaks += scores.maps.flatten(1).amax(1).tolist()
+                medians += scores.maps.flatten(1).median(1).values.tolist()
+        if len(images) < needed(self.config["decision"]["false_alarm_rate"]):
+            raise CalibrationError(
+                f"{len(images)} readable calibration images cannot support "
+                f"false_alarm_rate={self.config['decision']['false_alarm_rate']}: "
+                f"at least {needed(self.config['decision']['false_alarm_rate'])} are needed"
+            )
+        return Calibration(ConformalRule(np.array(images)), ConformalRule(np.array(peaks)), float(np.median(medians)))
+
+    def _step(self, done: int, total: int, losses: dict[str, float]) -> None:
+        self.tell("training", done, total, losses)
+
+    def _identity(self, split: Split, eyes: Engine) -> str:
+        about = {"config": self.config, "split": split.as_dict(), "features": eyes.fingerprint}
+        return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _detector(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
+    method = config["method"]
+    return construct(METHODS[method], config[method], method, shapes=tuple(shapes), products=products, seed=config["seed"])
+
+
+def _numbers(records: Sequence[Record], place: Mapping[str, int]) -> np.ndarray:
+    return np.array([place[str(record.product)] for record in records], dtype=np.int64)
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    """Mean vector of the last level of each image, (n, C)."""
+    return torch.cat([levels[-1].mean((2, 3)) for _, levels in features.batches(16)])
+
+
+def _inhabited(labels: np.ndarray, train: int) -> np.ndarray:
+    """Clusters with under two training images join the first one that has more; numbers are made dense."""
+    counts = np.bincount(labels[:train], minlength=int(labels.max()) + 1)
+    large = np.flatnonzero(counts >= 2)
+    kept = labels if not len(large) else np.where(np.isin(labels, large), labels, large[0])
+    return np.unique(kept, return_inverse=True)[1].astype(np.int64)
+
+
+def _check_enough(product: np.ndarray, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        if (count := int((product == number).sum())) < 2:
+            raise DataError(f"product {name!r}: {count} readable training images: at least 2 are needed, and 20 are wise")
+
+
+def _toml(content: bytes) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads(content.decode())
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()

@@ -1,0 +1,103 @@
+"""Connected parts of masks and maps: AUPRO over defects, boxes over what lies above a threshold.
+
+Pixels that touch by an edge or a corner are connected, as in the official MVTec routine:
+The MVTec Anomaly Detection Dataset (Bergmann et al., 2021), https://doi.org/10.1007/s11263-020-01400-4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import ndimage
+
+from unispect.metrics import ranking
+from unispect.metrics.ranking import Arrays, Curve
+
+EIGHT = np.ones((3, 3), dtype=int)  # the neighbours of a pixel
+
+
+def aupro(maps: Arrays, masks: Arrays, limit: float = 0.3) -> float:
+    """Area under the per-region overlap curve up to a false positive rate, divided by that rate.
+
+    The overlap at a threshold is the mean, over all defect regions of the set, of the share of the region above it;
+    the false positive rate counts all normal pixels of the set, good images included. This is the limit of the
+    official routine when every normal pixel's score is a threshold: defect pixels that merely tie with normal ones
+    are not yet found, so a constant map earns 0. NaN without a region or without normal pixels.
+
+    maps   N maps, each (h, w)
+    masks  N masks, each (h, w); nonzero is defective
+    limit  the false positive rate at which to stop, in (0, 1]
+    """
+    return overlap(ranking.curve(maps, masks), maps, masks, limit)
+
+
+def overlap(counts: Curve, maps: Arrays, masks: Arrays, limit: float = 0.3) -> float:
+    """AUPRO where the curve of the same pixels is known already, which saves the sort."""
+    if not 0.0 < limit <= 1.0:
+        raise ValueError(f"limit={limit}: a false positive rate above 0 and at most 1 was expected, such as 0.3")
+    if not counts.measurable:
+        return float("nan")
+    last = np.flatnonzero(np.append(np.diff(counts.false) != 0, True))  # of the thresholds with equal false positives
+    right, after = counts.false[last], _region_share(counts, maps, masks)[last]
+    left, before = np.maximum(right - 1, 0), np.concatenate([[0.0], after[:-1]])
+    x, y = ranking.corners(left / counts.negatives, right / counts.negatives, before, after)
+    return _area_up_to(limit, x, y) / limit
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Numbers 1..n of the connected parts of a mask, 0 elsewhere: (h, w) -> (h, w), n."""
+    labelled, count = ndimage.label(np.asarray(mask, dtype=bool), structure=EIGHT)
+    return labelled, int(count)
+
+
+def regions(scores: np.ndarray, threshold: float, min_area: int = 1) -> list[tuple[int, int, int, int, float, int]]:
+    """Connected parts of a map (h, w) above the threshold: (left, top, right, bottom, peak, area), highest peak first.
+
+    Boxes are half-open and, like the area, in pixels of the map. Parts smaller than `min_area` are left out.
+    """
+    labelled, count = components(scores > threshold)
+    numbers = np.arange(1, count + 1)
+    areas = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
+    peaks = np.atleast_1d(ndimage.maximum(scores, labelled, numbers)) if count else np.empty(0)
+    found = [
+        (columns.start, rows.start, columns.stop, rows.stop, float(peak), int(area))
+        for (rows, columns), peak, area in zip(ndimage.find_objects(labelled), peaks, areas, strict=True)
+        if area >= min_area
+    ]
+    return sorted(found, key=lambda region: (-region[4], region[1], region[0]))
+
+
+def _region_share(counts: Curve, maps: Arrays, masks: Arrays) -> np.ndarray:
+    """Mean over regions of the share that scores at least each threshold of the curve, (k,)."""
+    ascending = counts.thresholds[::-1]
+    gained, number = np.zeros(len(ascending)), 0
+    for scores, sizes, count in _defects(maps, masks):
+        place = np.searchsorted(ascending, scores)
+        gained += np.bincount(place, weights=1.0 / sizes, minlength=len(ascending))
+        number += count
+    return np.cumsum(gained[::-1]) / number
+
+
+def _defects(maps: Arrays, masks: Arrays) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """For each image with a defect: scores of its p defective pixels (p,), the size of the region of each, regions."""
+    for scores, mask in zip(_each(maps), _each(masks), strict=True):
+        labelled, count = components(mask)
+        if count:
+            inside = labelled > 0
+            yield scores[inside], np.bincount(labelled.ravel())[labelled[inside]], count
+
+
+def _each(arrays: Arrays) -> Arrays:
+    """The same N arrays, checked to be (h, w) each."""
+    for array in arrays:
+        if np.ndim(array) != 2:
+            raise ValueError(f"maps, masks: shape {np.shape(array)} found: each must be (h, w)")
+    return arrays
+
+
+def _area_up_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
+    """Integral of a polygonal curve with ascending x from 0 to the limit."""
+    inside = int(np.searchsorted(x, limit, side="right"))
+    x, y = np.append(x[:inside], limit), np.append(y[:inside], np.interp(limit, x, y))
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)

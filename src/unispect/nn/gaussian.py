@@ -1,0 +1,76 @@
+"""Means, covariances and whitening from sums that add up over batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Count, sum and second moment of vectors, by group.
+
+    Kept in double precision and around a fixed shift, so that the grouping of the batches does not matter.
+    """
+
+    def __init__(self, groups: int, channels: int, shift: Tensor | None = None) -> None:
+        self.shift = torch.zeros(channels, dtype=torch.float64) if shift is None else shift.double()
+        self.count = torch.zeros(groups, dtype=torch.float64)
+        self.sum = torch.zeros(groups, channels, dtype=torch.float64)
+        self.second = torch.zeros(groups, channels, channels, dtype=torch.float64)
+
+    def add(self, groups: Tensor, vectors: Tensor) -> None:
+        """More vectors (g, n, C) of the groups (g,), which are all different."""
+        x = vectors.double() - self.shift
+        self.count[groups] += x.shape[1]
+        self.sum[groups] += x.sum(1)
+        self.second[groups] += x.mT @ x
+
+    def mean(self) -> Tensor:
+        """(groups, C); the shift where a group is empty."""
+        return self.shift + self.sum / self.count.clamp(min=1)[:, None]
+
+    def covariance(self) -> Tensor:
+        """Biased (1/n) covariance, (groups, C, C); zero where a group is empty."""
+        return self.covariance_of(slice(None))
+
+    def covariance_of(self, groups: slice) -> Tensor:
+        """`covariance` of some groups alone, so that not all need be in memory twice."""
+        count = self.count[groups].clamp(min=1)
+        centre = self.sum[groups] / count[:, None]
+        return self.second[groups] / count[:, None, None] - centre[:, :, None] * centre[:, None, :]
+
+
+def within(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean of the group means (C,) and the covariance around the groups' own means (C, C), each group counting alike."""
+    filled = moments.count > 0
+    return moments.mean()[filled].mean(0), moments.covariance()[filled].mean(0)
+
+
+def ledoit_wolf(covariance: Tensor, fourth: float, count: float) -> float:
+    """Optimal shrinkage towards the scaled identity, in [0, 1].
+
+    A well-conditioned estimator for large-dimensional covariance matrices (Ledoit and Wolf, 2004), Theorem 3.2.
+
+    covariance   biased, (C, C)
+    fourth       sum over the vectors of the fourth power of their distance to the mean
+    """
+    scale = covariance.diagonal().mean()
+    spread = float(((covariance - scale * torch.eye(len(covariance), dtype=covariance.dtype)) ** 2).sum())
+    if spread <= 0:
+        return 1.0
+    noise = (fourth / count - float((covariance**2).sum())) / count
+    return min(max(noise, 0.0), spread) / spread
+
+
+def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    """(1 - a) S + a (tr S / C) I, (C, C) -> (C, C)."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype)
+    return (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * identity
+
+
+def whitening(covariance: Tensor, floor: float = 1e-3) -> Tensor:
+    """W with W S W^T = I, symmetric, (..., C, C) -> (..., C, C); variances below `floor` times their mean count as that."""
+    values, vectors = torch.linalg.eigh(covariance)
+    least = (floor * values.mean(-1, keepdim=True)).clamp(min=1e-12)
+    white: Tensor = (vectors * values.clamp(min=least).rsqrt()[..., None, :]) @ vectors.mT
+    return white

@@ -1,0 +1,35 @@
+"""Score maps: resizing, blur and the summary of a map in one number."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+
+def upsampled(maps: Tensor, side: int) -> Tensor:
+    """Bilinear with aligned corners, (N, h, w) -> (N, side, side)."""
+    return F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=True)[:, 0]
+
+
+def blurred(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur as scipy.ndimage.gaussian_filter does it (mirrored edges, cut at 4 sigma), (N, h, w) -> (N, h, w)."""
+    if not sigma:
+        return maps
+    rows, columns = (_blur_matrix(side, sigma).to(maps) for side in maps.shape[1:])
+    return rows @ maps @ columns.T
+
+
+@lru_cache(maxsize=16)
+def _blur_matrix(side: int, sigma: float) -> Tensor:
+    return torch.from_numpy(gaussian_filter1d(np.eye(side), sigma, axis=0))
+
+
+def top_mean(maps: Tensor, share: float) -> Tensor:
+    """Mean of the highest share of each map, at least one place, (N, h, w) -> (N,)."""
+    places = maps.flatten(1)
+    return places.topk(max(1, int(share * places.shape[1])), dim=1).values.mean(1)
