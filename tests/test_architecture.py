@@ -18,7 +18,8 @@ LAYERS = [
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
-    {"evaluate", "report"},
+    {"evaluation"},
+    {"report"},
     {"benchmark", "demo"},
     {"cli"},
     {"__main__"},
@@ -107,7 +108,7 @@ def allowed(importer: str, imported: str) -> bool:
     if not imported:
         return False  # names of the package itself: they are made from all layers
     own, other = importer.split(".")[0], imported.split(".")[0]
-    if importer.startswith("detectors."):
+    if importer.startswith("detectors.") and importer != "detectors.methods":  # the registry knows them all
         return imported in FOR_A_METHOD or other in FOR_A_METHOD
     return own == other or LAYER.get(other, len(LAYERS)) < LAYER[own]
 
@@ -129,7 +130,7 @@ def test_importing_the_package_imports_no_heavy_one(module: str) -> None:
 TREE = {
     "__init__.py": "from unispect.cli import main",
     "types.py": "", "errors.py": "", "config.py": "", "store.py": "", "fit.py": "", "inspector.py": "",
-    "evaluate.py": "", "cli.py": "", "nn/__init__.py": "", "nn/pca.py": "", "data/__init__.py": "",
+    "evaluation.py": "", "cli.py": "", "nn/__init__.py": "", "nn/pca.py": "", "data/__init__.py": "",
     "detectors/__init__.py": "", "detectors/base.py": "", "detectors/hgad.py": "", "align/__init__.py": "",
     "report/page.py": "",
 }  # fmt: skip
@@ -163,7 +164,7 @@ def test_the_tree_to_plant_in_is_clean(tmp_path: Path) -> None:
         ("config.py", "import unispect.store", "config imports unispect.store"),
         ("types.py", "import unispect.errors", "types imports unispect.errors"),
         ("align/__init__.py", "from unispect.detectors.base import D", "align imports unispect.detectors.base.D"),
-        ("evaluate.py", "from unispect.report.page import p", "evaluate imports unispect.report.page.p"),
+        ("evaluation.py", "from unispect.report.page import p", "evaluation imports unispect.report.page.p"),
         ("inspector.py", "from unispect.cli import x", "inspector imports unispect.cli.x"),
         ("detectors/hgad.py", "import unispect.data", "detectors.hgad imports unispect.data"),
         ("detectors/hgad.py", "from .cflow import x", "detectors.hgad imports unispect.detectors.cflow.x"),

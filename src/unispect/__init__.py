@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from unispect.data.folder import read_folder as read_folder
     from unispect.data.records import Record as Record
     from unispect.errors import UnispectError as UnispectError
-    from unispect.evaluate import Evaluation as Evaluation
-    from unispect.evaluate import evaluate as evaluate
+    from unispect.evaluation import Evaluation as Evaluation
+    from unispect.evaluation import evaluate as evaluate
     from unispect.inspector import Inspector as Inspector
     from unispect.report.page import write_report as write_report
     from unispect.types import Finding as Finding
     from unispect.types import Region as Region
 
 _HOMES = {
-    "Evaluation": "unispect.evaluate",
+    "Evaluation": "unispect.evaluation",
     "Finding": "unispect.types",
     "Inspector": "unispect.inspector",
     "Record": "unispect.data.records",
     "Region": "unispect.types",
     "UnispectError": "unispect.errors",
-    "evaluate": "unispect.evaluate",
+    "evaluate": "unispect.evaluation",
     "read_folder": "unispect.data.folder",
     "write_products": "unispect.data.factory",
     "write_report": "unispect.report.page",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unispect.data.loader import Failure, Preparation
 from unispect.data.records import Record
-from unispect.evaluate import Case, Cases, Evaluation
+from unispect.evaluation import Case, Cases, Evaluation
 from unispect.metrics.protocol import rates, table
 from unispect.report.page import write_findings_report, write_report
 from unispect.types import Finding, Region

@@ -292,11 +292,11 @@ def fabric(view: View, rng: Generator, change: str | None, odd: Generator) -> tu
     shade = rng.normal(1, 0.03, (2, 64)).astype(np.float32)
     warp, warp_height, number = _yarn(across, down, shade[0])
     weft, weft_height, _ = _yarn(down, across + 2, shade[1])
-    dye = np.repeat(ink(vary(rng, (0.27, 0.35, 0.48), 0.03))[..., 0], 64, 1)
+    dye = np.repeat(ink(vary(rng, (0.27, 0.35, 0.48), 0.02))[..., 0], 64, 1)
     if change is not None:
         _change_yarn(view.size, change, odd, (number, down), (warp_height, dye))
     higher = np.clip((warp_height - weft_height) * (2.5 / count / view.pixel / 4) + 0.5, 0, 1)
-    canvas = flat(view, vary(rng, (0.60, 0.60, 0.58), 0.03)) * weft
+    canvas = flat(view, vary(rng, (0.60, 0.60, 0.58), 0.02)) * weft
     lay(canvas, higher, dye[:, number] * warp)
     nap = 1 + 0.03 * clouds(rng, view.size, 24, 2) + 0.03 * noise(rng, view.size, 4, 4)
     canvas *= nap * (0.7 + 0.3 * np.clip(np.abs(warp_height - weft_height), 0, 1))
@@ -332,7 +332,7 @@ def _change_yarn(size: int, change: str, odd: Generator, place: tuple[Array, Arr
 def wood(view: View, rng: Generator, change: str | None, odd: Generator) -> tuple[Array, Array]:
     """Veneer with its grain upright: rings that darken slowly and end sharply, fibres, fine pores."""
     warp = 0.035 * noise(rng, view.size, 2, 3) + 0.004 * noise(rng, view.size, 4, 20)
-    across = view.x + warp + 0.04 * rng.normal() * view.y * view.y + rng.uniform(2, 64)
+    across = view.x + warp + 0.03 * rng.normal() * view.y * view.y + rng.uniform(2, 64)
     ring = across * 6.5 + 0.6 * np.sin(across * 3.1)
     number = np.floor(ring)
     phase = ring - number
@@ -341,7 +341,7 @@ def wood(view: View, rng: Generator, change: str | None, odd: Generator) -> tupl
     values = table(rng, 128, 128)
     fibre = sample(values, across * 75, view.y * 4 + 2 * warp)
     pores = np.clip(sample(values.T, across * 88, view.y * 14 + 31) - 0.9, 0, 0.8)
-    light, dark = vary(rng, (0.79, 0.60, 0.40), 0.03), vary(rng, (0.45, 0.28, 0.16), 0.03)
+    light, dark = vary(rng, (0.79, 0.60, 0.40), 0.02), vary(rng, (0.45, 0.28, 0.16), 0.02)
     canvas = flat(view, light)
     lay(canvas, np.clip(late + 0.07 * fibre + 0.05 * noise(rng, view.size, 2, 8) + 0.12, 0, 1), dark)
     dim(canvas, pores, 0.72)
@@ -366,9 +366,9 @@ def terrazzo(view: View, rng: Generator, change: str | None, odd: Generator) -> 
     large, colours = _chips(rng, 22, (0.026, 0.052))
     if change == "wrong_colour":
         middle = np.abs(large.mean(1)).max(1) < 0.85
-        wrong = int(odd.choice(np.flatnonzero(middle)))
-        large[wrong] += (large[wrong] - large[wrong].mean(0)) * odd.uniform(1.2, 2.2)
-        colours[wrong] = vary(odd, FOREIGN[odd.integers(len(FOREIGN))], 0.05)
+        chip = large[int(odd.choice(np.flatnonzero(middle)))]
+        chip = chip + (chip - chip.mean(0)) * odd.uniform(0.8, 1.6)
+        large, colours = np.concatenate([large, chip[None]]), [*colours, vary(odd, FOREIGN[odd.integers(4)], 0.05)]
     _polygons(picture, view, large, colours)
     canvas = np.asarray(picture.reduce(2)).transpose(2, 0, 1).astype(np.float32) / 255
     canvas *= 1 + 0.035 * clouds(rng, view.size, 40, 2) + 0.025 * noise(rng, view.size, 3, 3)
@@ -404,8 +404,8 @@ def _bytes(colour: Colour) -> tuple[int, int, int]:
 
 def shelf(view: View, rng: Generator, colour: Colour) -> Array:
     """The matt sheet that an object lies on."""
-    canvas = flat(view, vary(rng, colour, 0.04))
-    canvas *= 1 + 0.05 * noise(rng, view.size, 64, 64) + 0.025 * noise(rng, view.size, 3, 3)
+    canvas = flat(view, vary(rng, colour, 0.03))
+    canvas *= 1 + 0.04 * noise(rng, view.size, 64, 64) + 0.025 * noise(rng, view.size, 3, 3)
     return canvas
 
 
@@ -698,7 +698,7 @@ def blister(view: View, rng: Generator, change: str | None, odd: Generator) -> t
     caps = vary(rng, (0.68, 0.15, 0.14), 0.04), vary(rng, (0.90, 0.85, 0.72), 0.02)
     wrong = int(odd.integers(len(POCKETS)))
     for number, pocket in enumerate(POCKETS):
-        turn, slide = rng.normal(0, 0.05), float(rng.normal(0, 0.010))
+        turn, slide = np.clip(rng.normal(0, (0.035, 0.010)), (-0.09, -0.02), (0.09, 0.02)).tolist()
         fault = change if number == wrong else None
         _pocket(view, canvas, pocket)
         if fault != "missing_part":
@@ -825,9 +825,9 @@ PRODUCTS: dict[str, Product] = {
         kind="texture",
         paint=fabric,
         spot=_anywhere,
-        turn=0.04,
+        turn=0.02,
         shift=0.0,
-        zoom=0.03,
+        zoom=0.02,
         marks={
             "hole": Mark(hole, (0.07, 0.07, 0.08), (0.8, 1.0), (0.07, 0.13)),
             "stain": Mark(stain, (0.46, 0.32, 0.17), (0.7, 1.0), (0.15, 0.27)),
@@ -838,12 +838,12 @@ PRODUCTS: dict[str, Product] = {
         kind="texture",
         paint=wood,
         spot=_anywhere,
-        turn=0.07,
+        turn=0.05,
         shift=0.0,
-        zoom=0.06,
+        zoom=0.03,
         marks={
             "scratch": Mark(scratch, (0.93, 0.82, 0.64), (0.6, 1.0), (0.15, 0.45), (-1.1, 1.1)),
-            "hole": Mark(hole, (0.16, 0.10, 0.06), (0.75, 1.0), (0.035, 0.075)),
+            "hole": Mark(hole, (0.16, 0.10, 0.06), (0.75, 1.0), (0.045, 0.080)),
             "stain": Mark(stain, (0.38, 0.38, 0.44), (0.6, 0.95), (0.10, 0.20)),
         },
     ),
@@ -853,7 +853,7 @@ PRODUCTS: dict[str, Product] = {
         spot=_anywhere,
         turn=0.0,
         shift=0.0,
-        zoom=0.06,
+        zoom=0.03,
         marks={
             "scratch": Mark(crack, (0.10, 0.09, 0.09), (0.8, 1.0), (0.3, 0.6)),
             "hole": Mark(hole, (0.10, 0.09, 0.08), (0.8, 1.0), (0.06, 0.10)),
@@ -866,11 +866,11 @@ PRODUCTS: dict[str, Product] = {
         paint=gear,
         spot=_on_web,
         turn=np.pi,
-        shift=0.05,
-        zoom=0.03,
+        shift=0.03,
+        zoom=0.02,
         marks={
-            "scratch": Mark(scratch, (0.97, 0.98, 1.0), (0.85, 1.0), (0.16, 0.32)),
-            "hole": Mark(hole, (0.10, 0.10, 0.11), (0.8, 1.0), (0.045, 0.070)),
+            "scratch": Mark(scratch, (0.97, 0.98, 1.0), (0.9, 1.0), (0.20, 0.36)),
+            "hole": Mark(hole, (0.10, 0.10, 0.11), (0.85, 1.0), (0.050, 0.080)),
             "stain": Mark(stain, (0.62, 0.38, 0.22), (0.4, 0.9), (0.06, 0.13)),
         },
         changes=("missing_part",),
@@ -879,9 +879,9 @@ PRODUCTS: dict[str, Product] = {
         kind="object",
         paint=board,
         spot=_on_board,
-        turn=0.05,
-        shift=0.04,
-        zoom=0.02,
+        turn=0.03,
+        shift=0.025,
+        zoom=0.015,
         marks={
             "scratch": Mark(scratch, (0.86, 0.82, 0.62), (0.75, 1.0), (0.2, 0.45)),
             "stain": Mark(stain, (0.78, 0.70, 0.48), (0.6, 0.95), (0.10, 0.20), body=0.6),
@@ -892,9 +892,9 @@ PRODUCTS: dict[str, Product] = {
         kind="object",
         paint=blister,
         spot=_on_foil,
-        turn=0.12,
-        shift=0.05,
-        zoom=0.04,
+        turn=0.06,
+        shift=0.03,
+        zoom=0.02,
         marks={
             "hole": Mark(hole, (0.08, 0.08, 0.09), (0.8, 1.0), (0.040, 0.065)),
             "stain": Mark(stain, (0.50, 0.38, 0.24), (0.6, 1.0), (0.07, 0.13)),
@@ -978,8 +978,10 @@ def write_products(
     bad           pictures of each kind of defect of each product
     products      names from `PRODUCTS`; None for all
     """
-    for product in PRODUCTS if products is None else products:
+    names = list(PRODUCTS if products is None else products)
+    for product in names:
         _check(product, None, seed, size)
+    for product in names:
         folder = root / product
         counts = {"train/good": train, "test/good": good} | {f"test/{defect}": bad for defect in DEFECTS[product]}
         for role, count in counts.items():
@@ -1001,5 +1003,8 @@ def _save(picture: Array, path: Path) -> None:
     """Write under another name first: a file of this name is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    Image.fromarray(picture).save(partial, format="PNG", compress_level=1)
-    partial.replace(path)
+    try:
+        Image.fromarray(picture).save(partial, format="PNG", compress_level=1)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

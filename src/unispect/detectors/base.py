@@ -32,7 +32,7 @@ class Recipe:
     patience  stop after so many checks without a gain
     """
 
-    steps: int | None = 400
+    steps: int | None = 200
     passes: float | None = None
     images: int = 32
     places: int | None = 1

@@ -24,6 +24,7 @@ from unispect.types import Features, Scores
 
 CHOICES = {
     "start": ("gaussian", "published"),
+    "whitening": ("scale", "full"),
     "covariance": ("place", "product", "identity"),
     "score": ("aligned", "product", "gated"),
     "likelihood": ("predicted", "marginal"),
@@ -75,7 +76,8 @@ class Level(nn.Module):
         """Values by cell back on the grid, (N, c, q) -> (N, h, w)."""
         grid = torch.empty_like(values.flatten(1))
         grid[:, self.order.flatten()] = values.flatten(1)
-        return grid.unflatten(1, self.shape[1:])
+        maps: Tensor = grid.unflatten(1, self.shape[1:])
+        return maps
 
     def distance(self, inside: Tensor, logdet: Tensor, product: Tensor) -> Tensor:
         """Distance to the product in standard deviations, (N, c, q): 2 (log of the peak density - log density), rooted."""
@@ -121,6 +123,7 @@ class HGAD(GradientDetector):
     centres           M centres inside each product, the main one included
     start             "gaussian": whitened features, couplings that do nothing yet, centres and covariances from the data;
                       "published": raw features, random couplings, tiled centres
+    whitening         of the features before the flow, in "gaussian": each channel to the same "scale", or "full"
     covariance        of the mixture: "identity" as published; "product": one for each product; "place": one for each
                       product and cell of `cell` x `cell` places, drawn towards the product's by `prior` images
     delta_scale       spread of the first centres inside a product; published: 1.0, with which they hardly ever learn
@@ -153,6 +156,7 @@ class HGAD(GradientDetector):
         clamp: str = "tanh",
         centres: int = 10,
         start: str = "gaussian",
+        whitening: str = "scale",
         covariance: str = "place",
         cell: int = 2,
         prior: float = 30.0,
@@ -164,18 +168,18 @@ class HGAD(GradientDetector):
         first_stage: float = 0.08,
         score: str = "aligned",
         likelihood: str = "predicted",
-        top: float = 0.02,
+        top: float = 0.01,
         ceiling: float = 0.999,
         map_side: int = 256,
         sigma: float = 4.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(start=start, covariance=covariance, score=score, likelihood=likelihood)
+        _check_choices(start=start, whitening=whitening, covariance=covariance, score=score, likelihood=likelihood)
         _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side)
         if start == "published" and covariance != "identity":
             raise ConfigError(f"covariance={covariance!r} is measured from data: expected start='gaussian' with it")
-        self.start, self.covariance, self.prior = start, covariance, prior
+        self.start, self.whitening, self.covariance, self.prior = start, whitening, covariance, prior
         self.lambda1, self.lambda2, self.label_smoothing = lambda1, lambda2, label_smoothing
         self.log_sigmoid, self.first_stage = log_sigmoid, first_stage
         self.score, self.likelihood, self.top, self.ceiling = score, likelihood, top, ceiling
@@ -252,12 +256,14 @@ class HGAD(GradientDetector):
             yield y, level.latent(vectors, level.order)[0]
 
     def _whiten(self, number: int, train: Pass) -> None:
-        """First layer: the covariance inside products becomes the identity."""
+        """First layer: the covariance inside products, or its diagonal, becomes the identity."""
         level = self.level(number)
         moments = Moments(self.products, level.shape[0])
         for y, vectors in self._by_product(train, number):
             moments.add(torch.tensor([y]), vectors.flatten(0, 2)[None])
         mean, covariance = within(moments)
+        if self.whitening == "scale":
+            covariance = torch.diag(covariance.diagonal())
         whiten = whitening(covariance)
         level.shift.copy_(mean)
         level.whiten.copy_(whiten)

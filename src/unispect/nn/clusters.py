@@ -16,12 +16,14 @@ def discover(vectors: Tensor, most: int = 12, seed: int = 0) -> Tensor:
     One group where no partition is well separated. Silhouettes: a graphical aid (Rousseeuw, 1987); k-means++ starts.
     """
     scaled = (vectors - vectors.mean(0)) / vectors.std(0).clamp(min=1e-6) if len(vectors) > 1 else vectors
+    sample = slice(None, None, -(-len(vectors) // SAMPLE))  # evenly, since images often come product by product
     best, labels = SEPARATED, torch.zeros(len(vectors), dtype=torch.int64)
     for groups in range(2, min(most, len(vectors) // 4) + 1):
         found = kmeans(scaled, groups, seed)
-        if (quality := silhouette(scaled[:SAMPLE], found[:SAMPLE])) > best:
+        if (quality := silhouette(scaled[sample], found[sample])) > best:
             best, labels = quality, found
-    return labels.unique(return_inverse=True)[1]
+    numbered: Tensor = labels.unique(return_inverse=True)[1]
+    return numbered
 
 
 def kmeans(vectors: Tensor, groups: int, seed: int) -> Tensor:

@@ -133,8 +133,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def smoothed(product: Tensor, products: int, smoothing: float) -> Tensor:
-    """One-hot targets mixed with the uniform distribution, (m,) -> (m, Y)."""
-    hot = nn.functional.one_hot(product, products).to(torch.get_default_dtype())
+    """One-hot targets mixed with the uniform distribution, (m,) -> (m, Y) float64."""
+    hot = nn.functional.one_hot(product, products).double()
     return (1 - smoothing) * hot + smoothing / products
 
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from unispect.data.loader import Failure, Preparation, decode
 from unispect.errors import ImageError
-from unispect.evaluate import Case, Cases, Evaluation, cells, percent
+from unispect.evaluation import Case, Cases, Evaluation, cells, percent
 from unispect.report import overlay, plots
 from unispect.types import Finding
 

@@ -13,7 +13,7 @@ from PIL import Image
 from unispect.data.loader import Failure, Preparation
 from unispect.data.records import Record
 from unispect.errors import DataError
-from unispect.evaluate import Evaluation, evaluate, percent
+from unispect.evaluation import Evaluation, evaluate, percent
 from unispect.metrics import ranking, regions
 from unispect.types import Finding
 

@@ -1,0 +1,724 @@
+"""The command line: each verb parses, calls one function of the library, and prints.
+
+Results go to stdout; progress, warnings and errors go to stderr. Exit codes: 0 done, 1 anomalies found where
+--fail-on-anomaly asks, 2 an error that the user can mend, 3 a bug, 130 stopped by Ctrl-C. What is heavy is imported
+inside the verbs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from unispect.errors import ConfigError, DataError, ImageError, StoreError, UnispectError, unknown_name
+
+if TYPE_CHECKING:
+    from unispect.data.loader import Failure
+    from unispect.data.records import Record
+    from unispect.inspector import Inspector
+    from unispect.types import Finding
+
+DONE, ANOMALIES, USER_ERROR, BUG, STOPPED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+QUIET = 2.0  # seconds before a bar appears
+CHUNK = 256  # files inspected between two looks at the list of paths
+PICTURED = 100  # findings that keep their map for a report
+COLUMNS = ("path", "anomalous", "score", "threshold", "p_value", "product", "product_probability")
+BOX = ("left", "top", "right", "bottom", "peak")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Visual inspection of many products with one model, no class label and one threshold.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+Rate = Annotated[
+    float | None, typer.Option("--false-alarm-rate", help="At most this share of good images may raise an alarm.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be read.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of the feature cache; the user's unless given.")]
+Model = Annotated[Path, typer.Argument(help="Folder that `unispect fit` wrote.")]
+Data = Annotated[Path, typer.Argument(help="Folder of images; `unispect check` tells what is understood.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files may hold bytes that are no text
+    try:
+        return _run([argument for argument in given if argument != "--debug"])
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more may be written, not even when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _report_error(error)
+
+
+@app.callback()
+def _start(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None: ...
+
+
+def _run(arguments: list[str]) -> int:
+    """Without typer's own handling of errors, whose exit codes are others."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("unispect", arguments) as context:
+            command.invoke(context)
+        code = DONE
+    except typer.Exit as stop:
+        code = stop.exit_code
+    sys.stdout.flush()
+    return code
+
+
+def _report_error(error: BaseException) -> int:
+    """One line on stderr, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return _said(str(error) or "stopped", STOPPED)
+    if isinstance(error, UnispectError):
+        return _said(f"error: {error}", USER_ERROR)
+    if hasattr(error, "format_message"):  # a usage error; typer has had its base class in several places
+        return _said(f"error: {error.format_message()}" if str(error) else "", USER_ERROR)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _said(f"error: {error.filename}: {error.strerror}", USER_ERROR)
+    text = " ".join(str(error).split())
+    return _said(f"internal error: {type(error).__name__}: {text} (--debug shows where; please report it)", BUG)
+
+
+def _said(text: str, code: int) -> int:
+    _say(text)
+    return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any, indent: int | None = 1) -> None:
+    print(json.dumps(value, indent=indent, allow_nan=False), flush=True)
+
+
+class _Bars:
+    """A bar for each stage with losses and time left; nothing before two seconds, nothing where no person looks."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started, self._wanted = clock, clock(), sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, losses: dict[str, float]) -> None:
+        if not self._wanted or self._clock() - self._started < QUIET:
+            return
+        if self._progress is None:
+            self._progress = _progress()
+            self._progress.start()
+        if self._task is None or stage != self._stage:
+            self._task, self._stage = self._progress.add_task(stage, losses=""), stage
+        text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        self._progress.update(self._task, completed=done, total=total, losses=text)
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """The same for what counts one thing only."""
+        return lambda done, total: self(name, done, total, {})
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+# demo
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for all that it writes.")] = Path("out/demo"),
+    false_alarm_rate: Annotated[float, typer.Option(help="At most this share of good images may raise an alarm.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pictures and of the fit.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True, help="Few small pictures, for tests.")] = False,
+) -> None:
+    """Fit, evaluate and report on six built-in products: no data and no network needed."""
+    from unispect.demo import FULL, QUICK
+    from unispect.demo import demo as run
+
+    start = time.monotonic()
+    with _Bars() as bars:
+        done = run(out, false_alarm_rate, seed, QUICK if quick else FULL, bars)
+    print(done.evaluation.text())
+    rates = done.evaluation.as_dict()["false_alarm_rate"]
+    print(f"\nFalse-alarm rate: promised {rates['promised']:.2%}, realised {rates['realised']:.2%}.")
+    print(f"Took {time.monotonic() - start:.0f} s.")
+    print(f"Model: {done.model}")
+    print(f"Report: {done.report}")
+
+
+# check
+
+
+@app.command()
+def check(
+    data: Data,
+    as_json: Json = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 where anything is an error.")] = False,
+) -> None:
+    """Say what is in a folder, what can and cannot be evaluated, and how to mend what is wrong."""
+    from unispect.data.check import check as look
+    from unispect.inspector import SplitSettings
+
+    shares = SplitSettings()
+    with _Bars() as bars:
+        found = look(data, held_out=shares.held_out, calibration=shares.calibration, progress=bars.stage("reading"))
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        print(found.text())
+    if strict and found.count("error"):
+        raise typer.Exit(USER_ERROR)
+
+
+# fit
+
+
+@app.command()
+def fit(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the model.")],
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.name=value, such as hgad.blocks=8; may be repeated.")
+    ] = None,
+    false_alarm_rate: Rate = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the split and of the fit.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where this fit was stopped or killed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older model.")] = False,
+    strict: Strict = False,
+    cache: Cache = None,
+) -> None:
+    """Learn all products in DATA at once from their good images."""
+    from unispect.features.cache import FeatureCache
+    from unispect.inspector import Inspector, complete
+
+    table = complete(_settings(config, settings or [], false_alarm_rate, seed))
+    _check_free(out, overwrite)
+    checkpoint = _checkpoint(out, resume)
+    try:
+        with _Bars() as bars:
+            inspector = Inspector.fit(
+                data, table, cache=FeatureCache(cache), checkpoint=checkpoint, strict=strict, progress=bars
+            )
+        inspector.save(out, overwrite)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: the same command with --resume continues") from None
+    _tidy(checkpoint)
+    print(_summary(inspector, out))
+
+
+def _settings(config: Path | None, assignments: Sequence[str], rate: float | None, seed: int | None) -> dict[str, Any]:
+    """The file, then --set, then the options of their own: what comes later wins."""
+    from unispect.config import assignment, merge, read_toml
+
+    table = read_toml(config) if config else {}
+    for text in assignments:
+        table = merge(table, assignment(text))
+    own = {} if rate is None else {"decision": {"false_alarm_rate": rate}}
+    return merge(table, own if seed is None else own | {"seed": seed})
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Asked before the long work, so that nothing is learnt in vain."""
+    from unispect.store import MANIFEST
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).is_file():
+        raise StoreError(f"{out}: holds something other than a model, which is left alone: choose another -o")
+    if not overwrite:
+        raise StoreError(f"{out} exists; choose another -o or pass --overwrite")
+
+
+def _checkpoint(out: Path, resume: bool) -> Path:
+    """Where a fit keeps its state: a folder beside the model. An older state goes unless it is to be resumed."""
+    place = out.resolve()
+    checkpoint = place.with_name(f"{place.name}.work") / "checkpoint.safetensors"
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    elif not checkpoint.exists():
+        _say(f"nothing to resume in {checkpoint.parent}: starting from the beginning")
+    return checkpoint
+
+
+def _tidy(checkpoint: Path) -> None:
+    """Remove the state once the model is saved, and the folder where nothing else is in it."""
+    checkpoint.unlink(missing_ok=True)
+    for partial in checkpoint.parent.glob(f".{checkpoint.name}.*.partial"):  # of a writer that was killed
+        shutil.rmtree(partial, ignore_errors=True)
+    if checkpoint.parent.is_dir() and not any(checkpoint.parent.iterdir()):
+        checkpoint.parent.rmdir()
+
+
+def _summary(inspector: Inspector, out: Path) -> str:
+    """What was learnt from what, the promise, what was left out, and where the model is."""
+    from unispect.decide.conformal import band
+
+    split, history, rate = inspector.split, inspector.facts["history"], inspector.false_alarm_rate
+    low, high = band(len(inspector.calibration.images.scores), rate)
+    how = "found by clustering" if inspector.facts["clustered"] else "named in the data"
+    lines = [
+        f"Products ({how}): {', '.join(inspector.products)}",
+        f"Images: {len(split.train)} to learn from, {len(split.held_out)} held out, {len(split.calibration)} to calibrate",
+        f"Kept steps, by level: {', '.join(map(str, history['kept']))} of {max(history['steps'], default=0)}",
+        f"Threshold: {inspector.threshold:.6g}, for at most {rate:.2%} false alarms; "
+        f"in 90 of 100 fits the long-run rate lies between {low:.2%} and {high:.2%}",
+    ]
+    broken = inspector.facts["failures"]
+    lines += [f"Left out, as they cannot be read: {len(broken)}", *(f"  {text}" for text in broken)] if broken else []
+    return "\n".join([*lines, f"Model: {out}"])
+
+
+# inspect
+
+
+@app.command()
+def inspect(
+    model: Model,
+    paths: Annotated[list[str], typer.Argument(help="Files, folders, globs in quotes, or - for names on stdin.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One row an image, its first region in it.")] = False,
+    report: Annotated[Path | None, typer.Option("--report", help="HTML file with pictures.")] = None,
+    fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 1 where one is found.")] = False,
+    false_alarm_rate: Rate = None,
+    strict: Strict = False,
+    maps: Annotated[Path | None, typer.Option("--maps", help="Folder for the score maps, one .npy an image.")] = None,
+) -> None:
+    """Say of each image whether it is anomalous, how much, where, and what product it resembles."""
+    if as_json and as_csv:
+        raise typer.BadParameter("--json and --csv: choose one")
+    sources = [source for text in paths for source in _sources(text)]
+    inspector = _loaded(model, false_alarm_rate)
+    printer = _Printer("json" if as_json else "csv" if as_csv else "text")
+    kept = _Kept(report is not None)
+    for number, result in enumerate(_inspected(inspector, sources, strict)):
+        printer.show(result, None if maps is None else _saved_map(result, maps, number))
+        kept.add(result)
+    if report is not None:
+        _write_findings(inspector, kept.results, report, model)
+    _end(printer, fail_on_anomaly)
+
+
+@dataclass(frozen=True, slots=True)
+class _Some:
+    """A source of paths: one at a time where someone may wait for each answer."""
+
+    paths: Callable[[], Iterable[Path]]
+    chunk: int = CHUNK
+
+
+def _sources(text: str) -> list[_Some]:
+    """What a PATH on the command line stands for. What is not there is told before any work."""
+    from unispect.data.folder import images_below
+
+    path = Path(text)
+    if text == "-":
+        return [_Some(lambda: (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()), 1)]
+    if path.is_dir():
+        if next(images_below(path), None) is None:
+            raise DataError(f"{path}: no image found in this folder")
+        return [_Some(lambda: images_below(path))]
+    if path.exists():
+        return [_Some(lambda: [path])]
+    found = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+    if not found:
+        kind = "no file has such a name" if glob.has_magic(text) else "no such file or folder"
+        raise DataError(f"{text}: {kind}: expected files, folders, a glob in quotes, or - for names on stdin")
+    return [source for name in found if Path(name).is_file() or _holds_images(name) for source in _sources(name)]
+
+
+def _holds_images(folder: str) -> bool:
+    from unispect.data.folder import images_below
+
+    return next(images_below(Path(folder)), None) is not None
+
+
+def _inspected(inspector: Inspector, sources: Iterable[_Some], strict: bool) -> Iterator[Finding | Failure]:
+    """Findings in the order of the paths; memory does not grow with their number."""
+    from unispect.data.records import Record
+
+    def records(source: _Some) -> Iterator[list[Record]]:
+        paths = iter(source.paths())
+        while chosen := list(islice(paths, source.chunk)):
+            yield [Record(path, None, None, split="test") for path in chosen]
+
+    for chunk in _joined(sources, records):
+        for _, result in inspector.findings(chunk, strict):
+            yield result
+
+
+def _joined(sources: Iterable[_Some], records: Callable[[_Some], Iterator[list[Record]]]) -> Iterator[list[Record]]:
+    """Single files, as a shell makes of a glob, go together; other sources by themselves."""
+    waiting: list[Record] = []
+    for source in sources:
+        for chunk in records(source):
+            waiting += chunk
+            if len(waiting) >= source.chunk:
+                yield waiting
+                waiting = []
+    if waiting:
+        yield waiting
+
+
+class _Printer:
+    """Prints results one a line, as they come, and counts them."""
+
+    def __init__(self, style: str) -> None:
+        self.style, self.inspected, self.anomalous, self.broken = style, 0, 0, 0
+        self._csv = csv.writer(sys.stdout, lineterminator="\n")
+        if style == "csv":
+            self._csv.writerow([*COLUMNS, *BOX, "error"])
+
+    def show(self, result: Finding | Failure, saved: Path | None) -> None:
+        """A finding, with the file of its map if there is one, or what is wrong with an image."""
+        from unispect.types import Finding
+
+        if isinstance(result, Finding):
+            self.inspected += 1
+            self.anomalous += result.anomalous
+            self._show_finding(result, saved)
+        else:
+            self.broken += 1
+            self._show_failure(result)
+        sys.stdout.flush()
+
+    def _show_finding(self, finding: Finding, saved: Path | None) -> None:
+        if self.style == "json":
+            _print_json(finding.as_dict() | ({} if saved is None else {"map": str(saved)}), None)
+        elif self.style == "csv":
+            first = finding.regions[0] if finding.regions else None
+            box = ["" if first is None else getattr(first, name) for name in BOX]
+            self._csv.writerow([*(getattr(finding, name) for name in COLUMNS), *box, ""])
+        else:
+            print(_line(finding))
+
+    def _show_failure(self, failure: Failure) -> None:
+        if self.style == "json":
+            _print_json({"path": str(failure.path), "error": failure.reason}, None)
+        elif self.style == "csv":
+            self._csv.writerow([failure.path, *[""] * (len(COLUMNS) + len(BOX) - 1), failure.reason])
+        _say(f"{failure.path}: {failure.reason}")
+
+
+def _line(finding: Finding) -> str:
+    """A finding for people: path, decision, score, p-value, product, first region."""
+    parts = [str(finding.path), "ANOMALOUS" if finding.anomalous else "normal"]
+    parts += [f"score {finding.score:.4g}", f"p {finding.p_value:.3g}"]
+    if finding.product is not None:
+        parts.append(f"{finding.product} {finding.product_probability or 0:.0%}")
+    if finding.regions:
+        first, more = finding.regions[0], len(finding.regions) - 1
+        box = f"at {first.left},{first.top} to {first.right},{first.bottom}"
+        parts.append(f"{box} and {more} more" if more else box)
+    return "  ".join(parts)
+
+
+def _saved_map(result: Finding | Failure, folder: Path, number: int) -> Path | None:
+    """Write the map of a finding; the number keeps images of one name apart."""
+    import numpy as np
+
+    from unispect.types import Finding
+
+    if not isinstance(result, Finding):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:06d}-{Path(str(result.path)).stem}.npy"
+    np.save(path, result.map)
+    return path
+
+
+class _Kept:
+    """Results for a report, where only the highest scores keep their maps: memory hardly grows."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted, self._full = wanted, 0
+        self.results: list[Finding | Failure] = []
+
+    def add(self, result: Finding | Failure) -> None:
+        if not self._wanted:
+            return
+        self.results.append(result)
+        self._full += 1
+        if self._full > 2 * PICTURED:
+            self.results, self._full = _lightened(self.results), PICTURED
+
+
+def _lightened(results: Sequence[Finding | Failure]) -> list[Finding | Failure]:
+    """The highest scores first and with their maps, the others with a single place."""
+    from unispect.types import Finding
+
+    findings = sorted((one for one in results if isinstance(one, Finding)), key=lambda one: -one.score)
+    light = [replace(one, map=one.map[:1, :1].copy()) for one in findings[PICTURED:]]
+    return [*findings[:PICTURED], *light, *(one for one in results if not isinstance(one, Finding))]
+
+
+def _write_findings(inspector: Inspector, results: Sequence[Finding | Failure], path: Path, model: Path) -> None:
+    from unispect.demo import provenance
+    from unispect.report.page import write_findings_report
+
+    facts = provenance(inspector, f"unispect inspect {model}")
+    _say(f"Report: {write_findings_report(results, path, 'Inspection', facts, preparation=inspector.preparation)}")
+
+
+def _end(printer: _Printer, fail_on_anomaly: bool) -> None:
+    """Exit codes. A gate that asks for anomalies must not pass what nobody could look at."""
+    if printer.broken and not printer.inspected:
+        raise ImageError(f"none of {printer.broken} files could be read")
+    if fail_on_anomaly and printer.anomalous:
+        raise typer.Exit(ANOMALIES)
+    if fail_on_anomaly and printer.broken:
+        raise ImageError(f"{printer.broken} of {printer.broken + printer.inspected} files could not be read")
+
+
+def _loaded(model: Path, false_alarm_rate: float | None) -> Inspector:
+    from unispect.inspector import Inspector
+
+    inspector = Inspector.load(model)
+    return inspector if false_alarm_rate is None else inspector.with_false_alarm_rate(false_alarm_rate)
+
+
+# evaluate
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for evaluation.json, table.txt and report.html.")
+    ] = None,
+    as_json: Json = False,
+    ignore_masks: Annotated[
+        list[str] | None, typer.Option(help="Product whose masks are no outlines; may be repeated.")
+    ] = None,
+    false_alarm_rate: Rate = None,
+) -> None:
+    """Compare findings on the test images with their labels: per product, and pooled under one threshold."""
+    from unispect.demo import provenance, write_results
+    from unispect.evaluation import evaluate as measure
+
+    inspector = _loaded(model, false_alarm_rate)
+    with _Bars() as bars:
+        result = measure(inspector, data, ignore_masks or (), bars.stage("evaluating"))
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        print(result.text())
+    if out is not None:
+        facts = provenance(inspector, f"unispect evaluate {model} {data}")
+        report = write_results(result, out, f"{model.name} on {data.name}", facts)
+        _say(f"Report: {report}")
+
+
+# methods, cite
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """What a method is and how to cite it."""
+
+    title: str
+    link: str
+    summary: str
+    bibtex: str
+
+
+PAPERS = {
+    "hgad": Paper(
+        "Hierarchical Gaussian mixture normalizing flow modeling for unified anomaly detection",
+        "https://arxiv.org/abs/2403.13349",
+        "a normalising flow for each feature level whose latent space holds a Gaussian mixture for each product",
+        """\
+@inproceedings{yao2024hgad,
+  title = {Hierarchical {G}aussian Mixture Normalizing Flow Modeling for Unified Anomaly Detection},
+  author = {Yao, Xincheng and Li, Ruoqi and Qian, Zefeng and Wang, Lu and Zhang, Chongyang},
+  booktitle = {European Conference on Computer Vision},
+  year = {2024},
+  note = {arXiv:2403.13349}
+}""",
+    ),
+}
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods with their papers."""
+    if as_json:
+        about = {name: {"title": one.title, "link": one.link, "summary": one.summary} for name, one in PAPERS.items()}
+        _print_json(about)
+        return
+    for name, one in PAPERS.items():
+        print(f"{name}: {one.summary}\n  {one.title}\n  {one.link}")
+
+
+@app.command()
+def cite(method: Annotated[str, typer.Argument(help="Name of a method.")] = "hgad") -> None:
+    """Print BibTeX of unispect and of a method."""
+    from importlib.metadata import version
+
+    if method not in PAPERS:
+        raise ConfigError(unknown_name("method", method, PAPERS))
+    print(
+        "@software{unispect,\n  title = {unispect: visual inspection of many products with one model},\n"
+        f"  author = {{{{The unispect developers}}}},\n  version = {{{version('unispect')}}},\n  year = {{2026}}\n}}\n"
+    )
+    print(PAPERS[method].bibtex)
+
+
+# doctor, cache
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed here, what it would run on, and whether the weights are whole."""
+    facts = _diagnosis()
+    if as_json:
+        _print_json(facts)
+        return
+    for name, number in facts["versions"].items():
+        print(f"{name:12} {number or 'not installed'}")
+    print(f"{'cores':12} {facts['cores']}\n{'memory':12} {_bytes(facts['memory'])}\n{'engine':12} {facts['engine']}")
+    for one in facts["weights"]:
+        state = "whole" if one["intact"] else "damaged: reinstall it" if one["version"] else "not installed"
+        print(f"{'weights':12} {one['backbone']}: {one['package']} {one['version'] or ''} {state}")
+    print(f"{'cache':12} {facts['cache']['folder']}, {_bytes(facts['cache']['bytes'])}")
+
+
+def _diagnosis() -> dict[str, Any]:
+    import platform
+
+    from unispect.features.cache import FeatureCache
+    from unispect.features.engine import available_cores
+    from unispect.features.weights import installed
+
+    cache = FeatureCache()
+    packages = ("unispect", "torch", "torchvision", "timm", "openvino", "numpy", "scipy", "pillow", "safetensors")
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "cores": available_cores(),
+        "memory": _memory(),
+        "engine": _automatic_engine(),
+        "weights": [
+            {"backbone": one.backbone, "package": one.package, "version": one.version, "intact": one.intact}
+            for one in installed()
+        ],
+        "cache": {"folder": str(cache.root), "bytes": sum(size for _, size in cache.size().values())},
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> int | None:
+    """Bytes of this machine; None where the system does not say."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _automatic_engine() -> str:
+    """What the default settings would run on; found by building it, so that what stands in the way is told."""
+    from unispect.inspector import FeatureSettings
+
+    try:
+        return FeatureSettings().build().name
+    except UnispectError as error:
+        return f"none: {error}"
+
+
+@app.command()
+def cache(
+    prune_older_than: Annotated[
+        float | None, typer.Option("--prune-older-than", min=0, help="Remove what was not used for so many days.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", min=0, help="Remove the least recently used until no more is left.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove everything.")] = False,
+    as_json: Json = False,
+    folder: Cache = None,
+) -> None:
+    """Show the size of the feature cache for each network and preparation, or remove parts of it."""
+    from unispect.features.cache import FeatureCache
+
+    kept = FeatureCache(folder)
+    removed = (0, 0)
+    if clear or prune_older_than is not None or max_bytes is not None:
+        removed = kept.prune(prune_older_than, max_bytes, everything=clear)
+    sizes = kept.size()
+    if as_json:
+        about = {name: {"files": files, "bytes": size} for name, (files, size) in sizes.items()}
+        gone = {"files": removed[0], "bytes": removed[1]}
+        _print_json({"folder": str(kept.root), "features": about, "removed": gone})
+        return
+    if removed[0]:
+        print(f"Removed {removed[0]} files, {_bytes(removed[1])}.")
+    for name, (files, size) in sizes.items():
+        print(f"{name}  {files} files  {_bytes(size)}")
+    print(f"{kept.root}: {_bytes(sum(size for _, size in sizes.values()))}")
+
+
+def _bytes(count: int | None) -> str:
+    """A size for people: `3.2 GB`."""
+    if count is None:
+        return "unknown"
+    value, units = float(count), ["bytes", "kB", "MB", "GB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,217 @@
+"""What every detector keeps to, on planted features of three products. A new method adds a line to CASES."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from unispect.detectors.base import Detector, GradientDetector, Recipe
+from unispect.detectors.methods import METHODS
+from unispect.fit import Labelled, fit
+from unispect.types import Features, Scores
+
+SHAPES = [(8, 4, 4), (12, 2, 2), (10, 1, 1)]
+PRODUCTS = 3
+SIDE = 16
+SHORT = Recipe(steps=12, images=12, places=2, checks=3, learning_rate=1e-3)
+LONG = Recipe(steps=100, images=12, places=4, checks=2, learning_rate=1e-2)
+PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, its options and training, and the defect that it should see: "far" from everything that is normal, or
+    half-way "between" two products, since the published score wants what is unlikely and of uncertain product."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = SHORT
+    defect: str = "far"
+
+
+CASES = [
+    Case("hgad"),
+    Case("hgad", {"covariance": "product", "likelihood": "marginal"}),
+    Case("hgad", PUBLISHED | {"score": "gated"}, defect="between"),
+    Case("hgad", PUBLISHED | {"score": "product"}, defect="between"),
+    Case("hgad", PUBLISHED | {"start": "published", "delta_scale": 1.0}, LONG),
+]
+SMALL = {"hgad": {"blocks": 2, "position": 8, "centres": 3, "map_side": SIDE, "sigma": 1.0}}
+
+every_case = pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{case.method}-{n}" for n, case in enumerate(CASES)])
+
+
+class Planted:
+    """Features of normal images in memory, standing in for a FeatureSet: (h*w, C) for each image and level."""
+
+    def __init__(self, levels: Features) -> None:
+        self.levels = levels
+        self.shapes = SHAPES
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
+        vectors = self.levels[level].flatten(2).mT
+        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Features]]:
+        for start in range(0, len(self), size):
+            part = [level[start : start + size] for level in self.levels]
+            yield np.arange(start, start + len(part[0])), part
+
+
+def centres() -> Features:
+    """Mean of each product at each place, (K, C, h, w) for each level."""
+    world = torch.Generator().manual_seed(0)
+    return [
+        3 * torch.randn(PRODUCTS, channels, 1, 1, generator=world)
+        + 0.2 * torch.randn(PRODUCTS, channels, height, width, generator=world)
+        for channels, height, width in SHAPES
+    ]
+
+
+def normal(count: int, seed: int) -> tuple[Features, Tensor]:
+    """Each product has means that differ by place and correlations of its own."""
+    world, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
+    product, levels = torch.arange(count) % PRODUCTS, []
+    for mean in centres():
+        mixing = torch.eye(mean.shape[1]) + 0.2 * torch.randn(PRODUCTS, mean.shape[1], mean.shape[1], generator=world)
+        drawn = torch.randn(count, *mean.shape[1:], generator=noise)
+        levels.append(mean[product] + torch.einsum("nde,nehw->ndhw", mixing[product], drawn))
+    return levels, product
+
+
+def defective(count: int, seed: int, kind: str = "far") -> tuple[Features, Tensor]:
+    """Normal images with one bad place in each dense level, and that place of the 4 x 4 grid."""
+    levels, product = normal(count, seed)
+    place = torch.randint(16, (count,), generator=torch.Generator().manual_seed(seed))
+    for level, mean in zip(levels[:2], centres(), strict=False):
+        stride = 4 // level.shape[2]
+        where = (torch.arange(count), slice(None), place // 4 // stride, place % 4 // stride)
+        between = (mean + mean.roll(1, 0))[product] / 2
+        away = 5 * torch.randn(level.shape[1], generator=torch.Generator().manual_seed(seed))
+        level[where] = between[where] if kind == "between" else level[where] + away
+    return levels, place
+
+
+def labelled(count: int, seed: int) -> Labelled:
+    levels, product = normal(count, seed)
+    return Labelled(Planted(levels), product.numpy())  # type: ignore[arg-type]
+
+
+def build(case: int) -> Detector:
+    chosen = CASES[case]
+    return METHODS[chosen.method](SHAPES, PRODUCTS, **SMALL[chosen.method] | chosen.options)
+
+
+def learnt(case: int, seed: int = 0) -> Detector:
+    detector = build(case)
+    assert isinstance(detector, GradientDetector)
+    fit(detector, labelled(60, 1), labelled(24, 2), CASES[case].recipe, seed)
+    return detector.eval()
+
+
+shared = lru_cache(maxsize=None)(learnt)  # for tests that only read
+
+
+def fields(scores: Scores) -> dict[str, Tensor]:
+    found = {"image": scores.image, "maps": scores.maps, "products": scores.products}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def same(one: Scores, other: Scores, tolerance: float = 0.0) -> None:
+    assert fields(one).keys() == fields(other).keys()
+    for name, value in fields(one).items():
+        torch.testing.assert_close(value, fields(other)[name], rtol=tolerance, atol=tolerance)
+
+
+def test_every_method_has_a_case() -> None:
+    assert {case.method for case in CASES} == set(METHODS) == set(SMALL)
+
+
+@every_case
+def test_shapes(case: int) -> None:
+    scores = shared(case)(normal(5, 3)[0])
+    assert scores.image.shape == (5,)
+    assert scores.maps.shape == (5, SIDE, SIDE)
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in fields(scores).values())
+    assert not any(value.requires_grad for value in fields(scores).values())
+    if scores.products is not None:
+        torch.testing.assert_close(scores.products.exp().sum(1), torch.ones(5))
+
+
+@every_case
+def test_higher_is_more_abnormal(case: int) -> None:
+    good, bad = shared(case)(normal(60, 4)[0]), shared(case)(defective(60, 5, CASES[case].defect)[0])
+    assert roc_auc_score([0] * 60 + [1] * 60, torch.cat([good.image, bad.image])) > 0.9
+
+
+@every_case
+def test_the_map_reacts_where_the_defect_is(case: int) -> None:
+    levels, place = defective(60, 5, CASES[case].defect)
+    change = shared(case)(levels).maps - shared(case)(normal(60, 5)[0]).maps
+    # Aligned corners put the places of a 4 x 4 grid at 0, 5, 10 and 15 of 16.
+    near = torch.arange(SIDE).sub(5 * (place // 4)[:, None]).abs()[:, :, None] <= 5
+    near = near & (torch.arange(SIDE).sub(5 * (place % 4)[:, None]).abs()[:, None, :] <= 5)
+    inside = change.masked_fill(~near, 0).sum((1, 2)) / near.sum((1, 2))
+    outside = change.masked_fill(near, 0).sum((1, 2)) / (~near).sum((1, 2))
+    assert (inside > outside).float().mean() > 0.9
+
+
+@every_case
+def test_an_image_scores_the_same_alone_and_among_others(case: int) -> None:
+    levels = [torch.cat(pair) for pair in zip(normal(6, 3)[0], defective(6, 3)[0], strict=True)]
+    whole = shared(case)(levels)
+    rows = [shared(case)([level[image : image + 1] for level in levels]) for image in range(12)]
+    joined = {name: torch.cat([fields(row)[name] for row in rows]) for name in fields(whole)}
+    same(whole, Scores(joined["image"], joined["maps"], joined.get("products")), 1e-5)
+
+
+@every_case
+def test_scoring_changes_nothing(case: int) -> None:
+    detector = shared(case)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    levels, _ = defective(6, 3)
+    copies = [level.clone() for level in levels]
+    first = detector(levels)
+    same(first, detector(levels))
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert all(torch.equal(level, copy) for level, copy in zip(levels, copies, strict=True))
+
+
+@every_case
+def test_state_goes_round(case: int) -> None:
+    other = build(case)
+    other.load_state_dict(shared(case).state_dict())
+    levels, _ = defective(6, 3)
+    same(shared(case)(levels), other.eval()(levels))
+
+
+@every_case
+def test_the_seed_decides(case: int) -> None:
+    again = learnt(case).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in shared(case).state_dict().items())
+    different = learnt(case, seed=1).state_dict()
+    assert any(not torch.equal(value, different[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_product_is_asked_for_when_scoring(method: Callable[..., Detector]) -> None:
+    forward = inspect.signature(getattr(method, "forward"))  # noqa: B009
+    assert list(forward.parameters) == ["self", "features"]
+
+
+@every_case
+def test_products_are_recognised_where_the_method_knows_them(case: int) -> None:
+    levels, product = normal(60, 6)
+    scores = shared(case)(levels)
+    if scores.products is not None:
+        assert (scores.products.argmax(1) == product).float().mean() > 0.9

@@ -1,0 +1,488 @@
+"""The command line: every verb on a tiny model, every exit code, and fits that are killed and resumed."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unispect import cli
+from unispect.data.factory import draw, write_products
+from unispect.detectors.methods import METHODS
+from unispect.inspector import Inspector
+
+SMALL = ["preparation.size=64", "hgad.map_side=64", "training.steps=10", "training.checks=2", "features.engine=torch"]
+KEYS = {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "images"}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Place:
+    data: Path
+    model: Path
+    cache: Path
+
+
+def small(*more: str) -> list[str]:
+    """Options that make a fit quick."""
+    return [part for setting in (*SMALL, *more) for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Products and a model that no test changes."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_products(folder / "data", train=30, good=3, bad=1, size=64, products=["fabric", "gear"])
+    made = Place(folder / "data", folder / "model", folder / "cache")
+    given = ["fit", made.data, "-o", made.model, *small(), "--false-alarm-rate", "0.2", "--cache", made.cache]
+    assert cli.main([str(part) for part in given]) == 0
+    return made
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A good image, a grossly wrong one, and a file that is none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(draw("gear", 999, None, 64)[0]).save(folder / "a good.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "b noise.png")
+    (folder / "c broken.png").write_bytes(b"no image")
+    return folder
+
+
+def one_line(result: Result) -> bool:
+    return result.err.count("\n") == 1 and "Traceback" not in result.err and result.out == ""
+
+
+# Exit codes and errors
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys; from unispect.cli import main; code = main(['--help']); "
+    code += "print({'torch', 'timm', 'scipy'} & set(sys.modules), code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set() 0"
+    assert "inspect" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["fitt"], "fitt"),
+        (["fit"], "Missing"),
+        (["inspect", "nowhere", "x", "--json", "--csv"], "choose one"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["cite", "hgda"], "unknown method 'hgda': did you mean 'hgad'?"),
+        (["check", "nowhere"], "nowhere: no such folder"),
+        (["inspect", "nowhere", "."], "nowhere"),
+        (["evaluate", "nowhere", "."], "nowhere"),
+    ],
+)
+def test_a_user_error_ends_with_2_and_says_what(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    result = run(*arguments)
+    assert result.code == 2
+    assert text in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_a_bug_ends_with_3_and_a_hint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_diagnosis", lambda: 1 / 0)
+    result = run("doctor")
+    assert result.code == 3
+    assert one_line(result)
+    assert "internal error: ZeroDivisionError" in result.err
+    assert "--debug" in result.err
+    shown = run("doctor", "--debug")
+    assert shown.code == 3
+    assert "Traceback" in shown.err
+
+
+def test_a_file_that_cannot_be_written_is_a_user_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "/out")
+
+    monkeypatch.setattr(cli, "_diagnosis", refuse)
+    result = run("doctor")
+    assert (result.code, result.err) == (2, "error: /out: Permission denied\n")
+
+
+def test_ctrl_c_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch, place: Place, tmp_path: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_diagnosis", stop)
+    stopped = run("doctor")
+    assert (stopped.code, stopped.err) == (130, "stopped\n")
+    monkeypatch.setattr(Inspector, "fit", stop)
+    stopped = run("fit", place.data, "-o", tmp_path / "m")
+    assert stopped.code == 130
+    assert one_line(stopped)
+    assert "--resume continues" in stopped.err
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    code = "import sys; from unispect.cli import main; sys.exit(main(['methods', '--json']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# check, methods, cite, doctor, cache
+
+
+def test_check_speaks_and_gives_json(run: Run, place: Place) -> None:
+    spoken = run("check", place.data)
+    assert spoken.code == 0
+    assert "fabric" in spoken.out
+    given = run("check", place.data, "--json", "--strict")
+    assert given.code == 0
+    assert set(json.loads(given.out)["products"]) == {"fabric", "gear"}
+    assert given.err == ""
+
+
+def test_check_is_strict_when_asked(run: Run, images: Path) -> None:
+    assert run("check", images).code == 0
+    strict = run("check", images, "--strict")
+    assert strict.code == 2
+    assert "c broken.png" in strict.out
+
+
+def test_methods_and_their_papers(run: Run) -> None:
+    assert set(cli.PAPERS) == set(METHODS)
+    assert "https://arxiv.org/abs/2403.13349" in run("methods").out
+    assert set(json.loads(run("methods", "--json").out)) == set(METHODS)
+    for name in METHODS:
+        cited = run("cite", name)
+        assert "@software{unispect" in cited.out
+        assert cited.out.count("{") == cited.out.count("}")
+        assert "Yao, Xincheng" in cited.out
+
+
+def test_doctor_knows_the_machine(run: Run) -> None:
+    facts = json.loads(run("doctor", "--json").out)
+    assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["cores"] >= 1
+    assert facts["engine"] in ("openvino on cpu", "torch on cpu")
+    lite0 = facts["weights"][0]
+    assert (lite0["backbone"], lite0["intact"]) == ("tf_efficientnet_lite0", True)
+    spoken = run("doctor")
+    assert "torch" in spoken.out
+    assert "whole" in spoken.out
+
+
+def test_cache_is_shown_and_pruned(run: Run, tmp_path: Path) -> None:
+    for number in range(3):
+        file = tmp_path / "f" / "00" / f"{number}.f16"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(1000))
+    assert json.loads(run("cache", "--json", "--cache", tmp_path).out)["features"] == {"f": {"files": 3, "bytes": 3000}}
+    assert "3 files  3.0 kB" in run("cache", "--cache", tmp_path).out
+    assert "Removed" not in run("cache", "--cache", tmp_path, "--prune-older-than", "1").out
+    assert "Removed 1 files" in run("cache", "--cache", tmp_path, "--max-bytes", "2000").out
+    assert json.loads(run("cache", "--json", "--clear", "--cache", tmp_path).out)["features"] == {}
+
+
+# fit
+
+
+def test_fit_tells_what_it_learnt(run: Run, place: Place, tmp_path: Path) -> None:
+    given = ["fit", place.data, "-o", tmp_path / "m", "--false-alarm-rate", "0.2", "--cache", place.cache]
+    result = run(*given, *small())
+    assert result.code == 0
+    assert "fabric, gear" in result.out
+    assert "44 to learn from, 8 held out, 8 to calibrate" in result.out
+    assert "at most 20.00% false alarms" in result.out
+    assert result.out.endswith(f"Model: {tmp_path / 'm'}\n")
+    assert result.err == ""
+    assert not (tmp_path / "m.work").exists()
+    assert Inspector.load(tmp_path / "m").threshold == Inspector.load(place.model).threshold
+
+
+def test_options_win_over_settings_and_these_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 1\n[hgad]\nblocks = 1\ncentres = 3\n[decision]\nfalse_alarm_rate = 0.1\n")
+    table = cli._settings(file, ["hgad.blocks=2", "decision.false_alarm_rate=0.2"], 0.3, None)
+    assert table == {"seed": 1, "hgad": {"blocks": 2, "centres": 3}, "decision": {"false_alarm_rate": 0.3}}
+    assert cli._settings(file, [], None, 5)["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--set", "hgad.blockz=1"], "did you mean 'blocks'?"),
+        (["--set", "hgda.blocks=1"], "did you mean 'hgad'?"),
+        (["--set", "nonsense"], "expected section.name=value"),
+        (["--config", "none.toml"], "none.toml cannot be read"),
+        (["--false-alarm-rate", "1.5"], "expected a number between 0 and 1"),
+        (["--false-alarm-rate", "0.001"], "at least 999 are needed"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_any_work(run: Run, place: Place, tmp_path: Path, more: list[str], text: str) -> None:
+    result = run("fit", place.data, "-o", tmp_path / "m", "--cache", place.cache, *more)
+    assert result.code == 2
+    assert one_line(result)
+    assert text in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_images_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for verb in (["fit", tmp_path / "empty", "-o", tmp_path / "m"], ["check", tmp_path / "empty"]):
+        result = run(*verb)
+        assert result.code == 2
+        assert "no image found" in result.err
+
+
+def test_what_exists_is_not_overwritten(run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inspector, "fit", lambda *_, **__: pytest.fail("learnt in vain"))
+    again = run("fit", place.data, "-o", place.model)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    (tmp_path / "thesis.tex").touch()
+    foreign = run("fit", place.data, "-o", tmp_path, "--overwrite")
+    assert foreign.code == 2
+    assert "left alone" in foreign.err
+
+
+def test_an_older_state_goes_unless_it_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = cli._checkpoint(tmp_path / "m", resume=True)
+    assert "nothing to resume" in capsys.readouterr().err
+    state.parent.mkdir()
+    state.touch()
+    (state.parent / "mine.txt").touch()
+    cli._checkpoint(tmp_path / "m", resume=True)
+    assert state.exists()
+    cli._checkpoint(tmp_path / "m", resume=False)
+    assert not state.exists()
+    cli._tidy(state)
+    assert (state.parent / "mine.txt").exists()
+    (state.parent / "mine.txt").unlink()
+    cli._tidy(state)
+    assert not state.parent.exists()
+
+
+# inspect
+
+
+def test_one_finding_a_line(run: Run, place: Place, images: Path) -> None:
+    result = run("inspect", place.model, images)
+    lines = result.out.splitlines()
+    assert result.code == 0
+    assert len(lines) == 2
+    assert lines[0].startswith(str(images / "a good.png"))
+    assert "ANOMALOUS" in lines[1]
+    assert " at " in lines[1]
+    assert "c broken.png: " in result.err
+
+
+def test_json_lines_hold_everything_and_nothing_else(run: Run, place: Place, images: Path, tmp_path: Path) -> None:
+    result = run("inspect", place.model, images, "--json", "--maps", tmp_path / "maps")
+    good, noise, broken = map(json.loads, result.out.splitlines())
+    assert noise["anomalous"] is True
+    assert noise["score"] > noise["threshold"]
+    assert noise["regions"]
+    assert broken == {"path": str(images / "c broken.png"), "error": broken["error"]}
+    assert good["product"] in ("fabric", "gear")
+    assert np.load(good["map"]).shape == (64, 64)
+    library = Inspector.load(place.model).inspect(images / "a good.png")
+    assert good["score"] == pytest.approx(library.score, rel=1e-4)  # type: ignore[union-attr]
+
+
+def test_csv_has_a_row_for_every_file(run: Run, place: Place, images: Path) -> None:
+    result = run("inspect", place.model, images, "--csv")
+    good, noise, broken = csv.DictReader(io.StringIO(result.out))
+    assert noise["anomalous"] == "True"
+    assert int(noise["left"]) < int(noise["right"]) <= 64
+    assert broken["error"]
+    assert broken["score"] == ""
+    assert float(good["p_value"]) > 0
+
+
+def test_files_globs_and_stdin_give_the_same(run: Run, place: Place, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(images / name) for name in ("a good.png", "b noise.png")]
+    plain = run("inspect", place.model, *names, "--json")
+    assert plain.out.count("\n") == 2
+    assert run("inspect", place.model, images / "[ab]*.png", "--json").out == plain.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names)))
+    one_by_one = run("inspect", place.model, "-", "--json").out.splitlines()
+    for ours, theirs in zip(map(json.loads, one_by_one), map(json.loads, plain.out.splitlines()), strict=True):
+        assert ours["path"] == theirs["path"]
+        assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4)
+
+
+def test_what_is_not_there_is_told(run: Run, place: Place, tmp_path: Path, images: Path) -> None:
+    for path, text in (("*.none", "no file has such a name"), ("none.png", "no such file"), ("", "no image found")):
+        result = run("inspect", place.model, tmp_path / "empty" / path if path else _empty(tmp_path))
+        assert result.code == 2
+        assert one_line(result)
+        assert text in result.err
+    strict = run("inspect", place.model, images, "--strict")
+    assert strict.code == 2
+    assert "c broken.png" in strict.err
+    alone = run("inspect", place.model, images / "c broken.png")
+    assert alone.code == 2
+    assert "none of 1 files could be read" in alone.err
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty").mkdir(exist_ok=True)
+    return folder / "empty"
+
+
+def test_a_gate_fails_on_anomalies_and_on_what_cannot_be_read(run: Run, place: Place, images: Path) -> None:
+    gate = ["inspect", place.model, "--fail-on-anomaly", "--false-alarm-rate", "0.15"]
+    assert run(*gate, images).code == 1
+    good, broken = images / "a good.png", images / "c broken.png"
+    calm = run("inspect", place.model, good, "--json")
+    expected = 1 if json.loads(calm.out)["anomalous"] else 0
+    assert run("inspect", place.model, "--fail-on-anomaly", good).code == expected
+    assert run("inspect", place.model, "--fail-on-anomaly", good, broken).code == (expected or 2)
+
+
+def test_a_report_of_findings(run: Run, place: Place, images: Path, tmp_path: Path) -> None:
+    result = run("inspect", place.model, images, "--json", "--report", tmp_path / "r.html")
+    assert len([json.loads(line) for line in result.out.splitlines()]) == 3
+    assert f"Report: {tmp_path / 'r.html'}" in result.err
+    assert "b noise.png" in (tmp_path / "r.html").read_text()
+
+
+def test_a_report_keeps_few_maps(place: Place, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
+    monkeypatch.setattr(cli, "PICTURED", 2)
+    finding = Inspector.load(place.model).inspect(images / "a good.png")
+    kept = cli._Kept(wanted=True)
+    for number in range(20):
+        kept.add(cli.replace(finding, score=float(number)))  # type: ignore[arg-type, type-var]
+    assert len(kept.results) == 20
+    mapped = [one for one in kept.results if one.map.size > 1]
+    assert len(mapped) <= 4
+    assert {one.score for one in mapped} >= {18.0, 19.0}  # type: ignore[union-attr]
+
+
+# evaluate
+
+
+def test_evaluate_gives_the_stable_json(run: Run, place: Place, tmp_path: Path) -> None:
+    result = run("evaluate", place.model, place.data, "--json", "-o", tmp_path / "out", "--ignore-masks", "gear")
+    given = json.loads(result.out)
+    assert result.code == 0
+    assert list(given) == ["pooled", "mean", "products", "threshold", "false_alarm_rate"]
+    assert set(given["pooled"]) == KEYS
+    assert given["products"]["gear"]["pixel_auroc"] is None
+    assert given["false_alarm_rate"]["promised"] == 0.2
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == given
+    assert "pooled" in (tmp_path / "out" / "table.txt").read_text()
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_evaluate_speaks_and_keeps_another_promise(run: Run, place: Place) -> None:
+    result = run("evaluate", place.model, place.data, "--false-alarm-rate", "0.5")
+    assert "promised at most 50 %" in result.out
+    impossible = run("evaluate", place.model, place.data, "--false-alarm-rate", "0.01")
+    assert impossible.code == 2
+    assert "at least 99 are needed" in impossible.err
+
+
+# Killed and resumed
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The model of a fit that nobody killed, from an empty cache of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    given = ["fit", place.data, "-o", folder / "m", *long(folder / "cache")]
+    assert cli.main([str(part) for part in given]) == 0
+    return learnt(folder / "m")
+
+
+def long(cache: Path) -> list[str]:
+    """Enough steps to be killed between two checks."""
+    steps = small("training.steps=60", "training.checks=6", "training.patience=99")
+    return [*steps, "--false-alarm-rate", "0.2", "--cache", str(cache)]
+
+
+def learnt(model: Path) -> dict[str, bytes]:
+    return {name: (model / name).read_bytes() for name in ("weights.safetensors", "calibration.json")}
+
+
+def features(folder: Path) -> int:
+    return len(list((folder / "cache").glob("*/*/*.f16")))
+
+
+def states(folder: Path) -> Iterator[int]:
+    """Times of change of the checkpoint seen so far."""
+    state, seen = folder / "m.work" / "checkpoint.safetensors", set()
+    while True:
+        if state.exists():
+            seen.add(state.stat().st_mtime_ns)
+        yield len(seen)
+
+
+KILLED_BEFORE_SAVE = """
+import os, signal, sys
+from unispect.cli import main
+from unispect.inspector import Inspector
+Inspector.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["features", "first state", "third state", "before save"])
+def test_a_killed_fit_resumes_to_the_same_bytes(
+    place: Place, tmp_path: Path, uninterrupted: dict[str, bytes], run: Run, moment: str
+) -> None:
+    given = ["fit", str(place.data), "-o", str(tmp_path / "m"), *long(tmp_path / "cache")]
+    start = ["-c", KILLED_BEFORE_SAVE] if moment == "before save" else ["-m", "unispect"]
+    process = subprocess.Popen([sys.executable, *start, *given], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen, deadline = states(tmp_path), time.monotonic() + 60
+    due = {
+        "features": lambda: features(tmp_path) >= 10,
+        "first state": lambda: next(seen) >= 1,
+        "third state": lambda: next(seen) >= 3,
+        "before save": lambda: False,
+    }[moment]
+    while process.poll() is None and not due() and time.monotonic() < deadline:
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "m").exists()
+    resumed = run(*given, "--resume")
+    assert resumed.code == 0
+    assert ("nothing to resume" in resumed.err) is (moment == "features")
+    assert learnt(tmp_path / "m") == uninterrupted
+    assert not (tmp_path / "m.work").exists()
