@@ -86,9 +86,8 @@ def page(name: str, content: dict[str, object], runs: list[dict[str, object]]) -
         assert isinstance(table, dict)
         cells = [f"{table['mean'][key]:.3f} / {table['pooled'][key]:.3f}" for key in ("image_auroc", "pixel_auroc")]
         realised = f"{table['false_alarm_rate']['realised']:.2%}"
-        lines.append(
-            f"| {result['seed']} | {' | '.join(cells)} | {realised} | {result['fit_s']} | {result['peak_gib']} | {result['model_mib']} |"
-        )
+        costs = [str(result[key]) for key in ("fit_s", "peak_gib", "model_mib")]
+        lines.append("| " + " | ".join([str(result["seed"]), *cells, realised, *costs]) + " |")
     return "\n".join(
         [*lines, "", "Seed " + str(runs[0]["seed"]) + ":", "", "```text", str(runs[0]["text"]).rstrip(), "```", ""]
     )

@@ -1,6 +1,5 @@
 """From good images to findings, on products small enough for a test."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,16 +334,17 @@ def test_data_without_training_images_is_an_error(products: Path, cache: Feature
 # Settings
 
 
-def settings() -> Iterator[tuple[Any, str]]:
-    yield {"method": "hgda"}, r"unknown method 'hgda': did you mean 'hgad'\?"
-    yield {"decisions": {}}, r"unknown setting 'decisions': did you mean 'decision'\?"
-    yield {"hgad": {"blockz": 1}}, r"\[hgad\] unknown setting 'blockz': did you mean 'blocks'\?"
-    yield {"seed": -1}, "seed: got -1"
-    yield {"training": {"checks": "many"}}, r"training\.checks='many': expected a whole number"
-    yield {"preparation": {"fit": "stretch"}}, "unknown fit 'stretch'"
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"method": "hgda"}, r"unknown method 'hgda': did you mean 'hgad'\?"),
+    ({"decisions": {}}, r"unknown setting 'decisions': did you mean 'decision'\?"),
+    ({"hgad": {"blockz": 1}}, r"\[hgad\] unknown setting 'blockz': did you mean 'blocks'\?"),
+    ({"seed": -1}, "seed: got -1"),
+    ({"training": {"checks": "many"}}, r"training\.checks='many': expected a whole number"),
+    ({"preparation": {"fit": "stretch"}}, "unknown fit 'stretch'"),
+]
 
 
-@pytest.mark.parametrize(("table", "message"), settings())
+@pytest.mark.parametrize(("table", "message"), WRONG)
 def test_a_wrong_setting_is_an_error(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         complete(table)

@@ -90,7 +90,7 @@ class Sampler:
 
     def _places(self, generator: np.random.Generator, grid: Tensor) -> Tensor:
         most = grid.shape[1]
-        if self.recipe.places is None or self.recipe.places >= most:
+        if not self.recipe.places or self.recipe.places >= most:
             return grid
         chosen = generator.permuted(np.broadcast_to(np.arange(most), grid.shape), axis=1)[:, : self.recipe.places]
         return grid.gather(1, torch.from_numpy(np.ascontiguousarray(chosen)))
@@ -287,3 +287,5 @@ def _fill(optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for parameter in optimizer.state:  # a shared Adam moves those with a gradient of zero, not those without one
+        parameter.grad = torch.zeros_like(parameter)

@@ -18,11 +18,11 @@ Pass: TypeAlias = Callable[[], Iterable[tuple[Features, Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a detector with gradients is trained. Published HGAD: passes=200, images=8, places=None, optimizer="shared".
+    """How a detector with gradients is trained. Published HGAD: configs/hgad-mvtec.toml.
 
-    steps     number of steps; None: as many as `passes` over the images need
+    steps     number of steps; 0: as many as `passes` over the images need
     images    images that lend vectors to one step
-    places    places taken from every cell of each of them, at random; None: all
+    places    places taken from every cell of each of them, at random; 0: all
     decay     L2 weight decay on the flow
     stairs    the cosine schedule falls in so many steps; the first two warm up
     optimizer "per_level": each level has its own Adam; "shared": one Adam for all whose momentum keeps moving the levels
@@ -32,10 +32,10 @@ class Recipe:
     patience  stop after so many checks without a gain
     """
 
-    steps: int | None = 200
-    passes: float | None = None
+    steps: int = 200
+    passes: float = 0.0
     images: int = 32
-    places: int | None = 1
+    places: int = 1
     learning_rate: float = 2e-4
     beta1: float = 0.95
     beta2: float = 0.99
@@ -47,19 +47,18 @@ class Recipe:
     held_out_images: int = 96
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.passes is None):
-            raise ConfigError(f"steps={self.steps}, passes={self.passes}: set exactly one of the two")
+        if (self.steps > 0) == (self.passes > 0):
+            raise ConfigError(f"steps={self.steps}, passes={self.passes}: expected exactly one of the two above 0")
         if self.optimizer not in ("per_level", "shared"):
             raise ConfigError(f"optimizer: got {self.optimizer!r}, expected 'per_level' or 'shared'")
-        for name, least in {"images": 1, "stairs": 3, "checks": 0, "patience": 1, "held_out_images": 1}.items():
+        for name, least in {"images": 1, "places": 0, "stairs": 3, "checks": 0, "patience": 1, "held_out_images": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
 
     def total(self, images: int) -> int:
         """Number of steps for so many training images."""
-        if self.steps is not None:
+        if self.steps:
             return self.steps
-        assert self.passes is not None
         return max(1, round(self.passes * max(1, images // self.images)))
 
 

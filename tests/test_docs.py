@@ -1,0 +1,56 @@
+"""What the documents show is what the code does."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import unispect
+from unispect.config import read_toml
+from unispect.detectors.hgad import HGAD
+from unispect.inspector import complete
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "docs_src" / "ten_lines.py"
+
+
+def test_the_readme_shows_the_example_that_runs() -> None:
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == EXAMPLE.read_text("utf-8")
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On fewer and smaller pictures than it shows, so that the test takes seconds; the lines are the README's."""
+    whole, learn = unispect.write_products, unispect.Inspector.fit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(Path(root), 60, 2, 1, 64))
+    small = {"preparation": {"size": 64}, "training": {"steps": 4}}
+    monkeypatch.setattr(unispect.Inspector, "fit", lambda data, config: learn(data, config | small))
+    runpy.run_path(str(EXAMPLE))
+    assert "pooled" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    products = unispect.Inspector.load(tmp_path / "out" / "model").products
+    assert products == ("blister", "board", "fabric", "gear", "terrazzo", "wood")
+
+
+def test_the_quick_file_holds_the_defaults() -> None:
+    assert read_toml(ROOT / "configs" / "quick.toml") == complete(None)
+
+
+def test_the_published_file_builds_the_published_model() -> None:
+    table = complete(ROOT / "configs" / "hgad-mvtec.toml")
+    assert table["features"]["backbone"] == "tf_efficientnet_b6.aa_in1k"
+    with torch.device("meta"):
+        flow = HGAD([(200, 64, 64)], products=15, **table["hgad"]).level(0).flow
+    assert sum(value.numel() for value in flow.parameters()) == pytest.approx(4.766e6, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/hgad.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link
