@@ -78,7 +78,7 @@ def page(name: str, content: dict[str, object], runs: list[dict[str, object]]) -
     ]
     lines += [f"Versions: {content['versions']}", ""]
     lines += [
-        "| seed | image AUROC mean / pooled | pixel AUROC mean / pooled | false alarms at 1 % | fit s | peak GiB | model MiB |"
+        "| seed | image AUROC mean / pooled | pixel AUROC mean / pooled | false alarms at 1 % | fit s | peak GiB | MiB |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for result in runs:

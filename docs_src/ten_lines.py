@@ -1,6 +1,6 @@
 from unispect import Inspector, evaluate, write_products, write_report
 
-data = write_products("out/products", train=60)  # or your folder: <product>/train/good/*, or <product>/*
+data = write_products("out/products", train=80)  # or your folder: <product>/train/good/*, or <product>/*
 inspector = Inspector.fit(data, {"decision": {"false_alarm_rate": 0.02}})
 inspector.save("out/model", overwrite=True)
 
