@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -440,49 +439,47 @@ def learnt(model: Path) -> dict[str, bytes]:
     return {name: (model / name).read_bytes() for name in ("weights.safetensors", "calibration.json")}
 
 
-def features(folder: Path) -> int:
-    return len(list((folder / "cache").glob("*/*/*.f16")))
-
-
-def states(folder: Path) -> Iterator[int]:
-    """Times of change of the checkpoint seen so far."""
-    state, seen = folder / "m.work" / "checkpoint.safetensors", set()
-    while True:
-        if state.exists():
-            seen.add(state.stat().st_mtime_ns)
-        yield len(seen)
-
-
-KILLED_BEFORE_SAVE = """
-import os, signal, sys
+# Runs the command line in a process that ends itself, with kill -9, right after the n-th call of a function.
+KILLED = """
+import importlib, os, signal, sys
 from unispect.cli import main
-from unispect.inspector import Inspector
-Inspector.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-main(sys.argv[1:])
+
+module, path, left = sys.argv[1], sys.argv[2].split("."), int(sys.argv[3])
+owner = importlib.import_module(module)
+for name in path[:-1]:
+    owner = getattr(owner, name)
+original = getattr(owner, path[-1])
+
+def counted(*given, **named):
+    global left
+    result, left = original(*given, **named), left - 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, path[-1], counted)
+main(sys.argv[4:])
 """
+MOMENTS = {
+    "among the features": ("unispect.features.cache", "_write", 10),
+    "after the first state": ("unispect.fit", "write_checkpoint", 1),
+    "between two states": ("unispect.fit", "_Loop._advance", 50),
+    "while a state is written": ("unispect.store", "_write_files", 3),
+    "before the model is saved": ("unispect.inspector", "Inspector.card", 1),
+}
 
 
-@pytest.mark.parametrize("moment", ["features", "first state", "third state", "before save"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_fit_resumes_to_the_same_bytes(
     place: Place, tmp_path: Path, uninterrupted: dict[str, bytes], run: Run, moment: str
 ) -> None:
     given = ["fit", str(place.data), "-o", str(tmp_path / "m"), *long(tmp_path / "cache")]
-    start = ["-c", KILLED_BEFORE_SAVE] if moment == "before save" else ["-m", "unispect"]
-    process = subprocess.Popen([sys.executable, *start, *given], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seen, deadline = states(tmp_path), time.monotonic() + 60
-    due = {
-        "features": lambda: features(tmp_path) >= 10,
-        "first state": lambda: next(seen) >= 1,
-        "third state": lambda: next(seen) >= 3,
-        "before save": lambda: False,
-    }[moment]
-    while process.poll() is None and not due() and time.monotonic() < deadline:
-        pass
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, *map(str, MOMENTS[moment]), *given]
+    killed = subprocess.run(command, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "m").exists()
     resumed = run(*given, "--resume")
     assert resumed.code == 0
-    assert ("nothing to resume" in resumed.err) is (moment == "features")
+    assert ("nothing to resume" in resumed.err) is (moment == "among the features")
     assert learnt(tmp_path / "m") == uninterrupted
     assert not (tmp_path / "m.work").exists()

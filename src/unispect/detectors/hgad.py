@@ -237,65 +237,77 @@ class HGAD(GradientDetector):
         """Whitening, centres and covariances from the training features: training begins at a Gaussian solution."""
         if self.start == "published":
             return
-        for number in range(len(self.levels)):
-            self._whiten(number, train)
-            self._centre(number, train)
-            if self.covariance == "place":
-                self._localise(number, train)
+        self._whiten(train)
+        self._centre(train)
+        if self.covariance == "place":
+            self._localise(train)
 
-    def _by_product(self, train: Pass, number: int) -> Iterator[tuple[int, Tensor]]:
-        """Vectors of a level, (m, c, q, C), product by product within each batch."""
+    def _vectors(self, train: Pass) -> Iterator[tuple[int, int, Tensor]]:
+        """Number of a level, product and vectors (m, c, q, C), for every level and product of every batch."""
         for features, product in train():
-            vectors = self.level(number).arranged(features[number])
-            for y in product.unique().tolist():
-                yield y, vectors[product == y]
+            for number, level in enumerate(features):
+                vectors = self.level(number).arranged(level)
+                for y in product.unique().tolist():
+                    yield number, y, vectors[product == y]
 
-    def _latents(self, train: Pass, number: int) -> Iterator[tuple[int, Tensor]]:
-        level = self.level(number)
-        for y, vectors in self._by_product(train, number):
-            yield y, level.latent(vectors, level.order)[0]
+    def _latents(self, train: Pass) -> Iterator[tuple[int, int, Tensor]]:
+        for number, y, vectors in self._vectors(train):
+            level = self.level(number)
+            yield number, y, level.latent(vectors, level.order)[0]
 
-    def _whiten(self, number: int, train: Pass) -> None:
+    def _moments(self) -> list[Moments]:
+        """Empty sums for each level, one group a product."""
+        return [Moments(self.products, self.level(number).shape[0]) for number in range(len(self.levels))]
+
+    def _whiten(self, train: Pass) -> None:
         """First layer: the covariance inside products, or its diagonal, becomes the identity."""
-        level = self.level(number)
-        moments = Moments(self.products, level.shape[0])
-        for y, vectors in self._by_product(train, number):
-            moments.add(torch.tensor([y]), vectors.flatten(0, 2)[None])
-        mean, covariance = within(moments)
-        if self.whitening == "scale":
-            covariance = torch.diag(covariance.diagonal())
-        whiten = whitening(covariance)
-        level.shift.copy_(mean)
-        level.whiten.copy_(whiten)
-        level.log_whiten.copy_(torch.linalg.slogdet(whiten)[1])
+        sums = self._moments()
+        for number, y, vectors in self._vectors(train):
+            sums[number].add(torch.tensor([y]), vectors.flatten(0, 2)[None])
+        for number, moments in enumerate(sums):
+            level, (mean, covariance) = self.level(number), within(moments)
+            if self.whitening == "scale":
+                covariance = torch.diag(covariance.diagonal())
+            whiten = whitening(covariance)
+            level.shift.copy_(mean)
+            level.whiten.copy_(whiten)
+            level.log_whiten.copy_(torch.linalg.slogdet(whiten)[1])
 
-    def _centre(self, number: int, train: Pass) -> None:
+    def _centre(self, train: Pass) -> None:
         """Main centres: the product means. Metrics: each product's covariance after Ledoit and Wolf."""
-        level = self.level(number)
-        moments = Moments(self.products, level.shape[0])
-        for y, z in self._latents(train, number):
-            moments.add(torch.tensor([y]), z.flatten(0, 2)[None])
-        level.mixture.mu.copy_(moments.mean())
+        sums = self._moments()
+        for number, y, z in self._latents(train):
+            sums[number].add(torch.tensor([y]), z.flatten(0, 2)[None])
+        means = [moments.mean() for moments in sums]
+        for number, mean in enumerate(means):
+            self.level(number).mixture.mu.copy_(mean)
         if self.covariance == "identity":
             return
-        fourth = torch.zeros(self.products, dtype=torch.float64)
-        for y, z in self._latents(train, number):
-            fourth[y] += (z.flatten(0, 2).double() - moments.mean()[y]).square().sum(1).square().sum()
+        fourth = torch.zeros(len(sums), self.products, dtype=torch.float64)
+        for number, y, z in self._latents(train):
+            fourth[number, y] += (z.flatten(0, 2).double() - means[number][y]).square().sum(1).square().sum()
+        for number, moments in enumerate(sums):
+            self._measure_metrics(self.level(number).mixture, moments, fourth[number])
+
+    @staticmethod
+    def _measure_metrics(mixture: HierarchicalMixture, moments: Moments, fourth: Tensor) -> None:
         for y, covariance in enumerate(moments.covariance()):
             shrinkage = ledoit_wolf(covariance, float(fourth[y]), float(moments.count[y]))
             metric = whitening(shrunk(covariance, shrinkage))
-            level.mixture.metric[y] = metric.to(level.mixture.metric.dtype)
-            level.mixture.log_volume[y] = torch.linalg.slogdet(metric)[1].to(level.mixture.log_volume.dtype)
+            mixture.metric[y] = metric.to(mixture.metric.dtype)
+            mixture.log_volume[y] = torch.linalg.slogdet(metric)[1].to(mixture.log_volume.dtype)
 
-    def _localise(self, number: int, train: Pass) -> None:
+    def _localise(self, train: Pass) -> None:
         """Means and covariances of the cells, relative to their product's and drawn towards it."""
-        level, mixture = self.level(number), self.level(number).mixture
-        moments, size = Moments(self.products * mixture.cells, level.shape[0]), level.order.shape[1]
-        for y, z in self._latents(train, number):
+        mixtures = [self.level(number).mixture for number in range(len(self.levels))]
+        sums = [Moments(self.products * mixture.cells, mixture.channels) for mixture in mixtures]
+        for number, y, z in self._latents(train):
+            mixture = mixtures[number]
             residual = mixture.residual(z, y, mixture.mu[y]).transpose(0, 1).flatten(1, 2)
-            moments.add(torch.arange(mixture.cells) + y * mixture.cells, residual)
-        for y in range(self.products):
-            self._localise_product(mixture, y, moments, size)
+            sums[number].add(torch.arange(mixture.cells) + y * mixture.cells, residual)
+        for number, (mixture, moments) in enumerate(zip(mixtures, sums, strict=True)):
+            for y in range(self.products):
+                self._localise_product(mixture, y, moments, self.level(number).order.shape[1])
 
     def _localise_product(self, mixture: HierarchicalMixture, product: int, moments: Moments, size: int) -> None:
         rows = slice(product * mixture.cells, (product + 1) * mixture.cells)
