@@ -63,8 +63,9 @@ class Finding:
 
     p_value   share of normal images that score at least as high; small means abnormal
     product   name of the known product that it resembles most; None where the model knows no names
-    map       (h, w) float32 anomaly scores over the whole image, in units of the calibration normals:
-              0 is their median, 1 the pixel threshold
+    map       (h, w) float32 anomaly scores over the image (its centre square with fit="crop"), in units of the
+              calibration normals: 0 is their median, 1 the pixel threshold
+    regions   of an anomalous image; where no place reaches the pixel threshold, the surroundings of the highest
     width, height   of the original image after EXIF rotation, pixels
     """
 
