@@ -200,7 +200,7 @@ def test_a_planted_import_is_noticed(tmp_path: Path, file: str, source: str, tex
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("cli.py", "from unispect import evaluate, fit\nimport unispect.report.page"),
+        ("cli.py", "from unispect import evaluation, fit\nimport unispect.report.page"),
         ("inspector.py", "from unispect.detectors.hgad import HGAD\nfrom unispect import __version__, store"),
         ("detectors/__init__.py", "from unispect.detectors.hgad import HGAD"),
         (

@@ -243,7 +243,9 @@ def _move_into_place(new: Path, target: Path, workplace: Path, path: Path, overw
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise StoreError(f"{path} exists; choose another -o or pass --overwrite") from error  # another writer's
+        if not overwrite:
+            raise StoreError(f"{path} exists; choose another -o or pass --overwrite") from error
+        _move_into_place(new, target, workplace, path, overwrite)  # another writer was faster; ours comes later
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -158,4 +158,5 @@ def _spread(term: Tensor, vectors: int, place: Tensor | None) -> Tensor:
     """A row for each vector, (p, H) -> (n, H); one row serves all as it is."""
     if len(term) == 1:
         return term
-    return term[place] if place is not None else term.repeat(vectors // len(term), 1)
+    # Not term[place]: the gradient of that adds up with atomics, in an order that changes from run to run.
+    return term.index_select(0, place) if place is not None else term.repeat(vectors // len(term), 1)
