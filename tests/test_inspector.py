@@ -14,7 +14,7 @@ from unispect.data.loader import Failure
 from unispect.data.records import Record, split_normals
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError
 from unispect.features.cache import FeatureCache
-from unispect.inspector import FILES, Inspector, complete
+from unispect.inspector import FILES, Inspector, _Fit, complete
 from unispect.types import Finding
 
 SIDE = 64
@@ -355,3 +355,14 @@ def test_settings_are_complete_and_stay_so() -> None:
     assert table["hgad"]["blocks"] == 2
     assert table["decision"]["false_alarm_rate"] == 0.01
     assert complete(table) == table
+
+
+def test_a_record_without_a_file_is_named_and_left_out(tmp_path: Path) -> None:
+    there, gone = tmp_path / "there.png", tmp_path / "gone.png"
+    there.write_bytes(b"x")
+    records = [Record(there, "a", 0), Record(gone, "a", 0)]
+    run = _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, False, None)
+    assert run._present(records) == records[:1]
+    assert [(failure.path, failure.reason) for failure in run.failures] == [(gone, "no such file")]
+    with pytest.raises(ImageError, match="gone.png: no such file"):
+        _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, True, None)._present(records)

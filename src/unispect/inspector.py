@@ -368,12 +368,17 @@ class _Fit:
         normal = [record for record in records if record.split == "train"]
         if not normal:
             raise DataError(f"data: {len(records)} images, none of them to learn from: expected good images in train/good")
-        normal = self._readable(normal)
+        normal = self._present(normal)
         shares = self.config["split"]
         return split_normals(normal, shares["held_out"], shares["calibration"], self.config["seed"])
 
-    def _readable(self, records: Sequence[Record]) -> list[Record]:
-        """Records whose files have any content; the loader finds the other faults when it decodes."""
+    def _present(self, records: Sequence[Record]) -> list[Record]:
+        """Records whose files are there; a missing one is named like any other that cannot be read."""
+        for record in records:
+            if not record.path.is_file():
+                if self.strict:
+                    raise ImageError(f"{record.path}: no such file")
+                self.failures.append(Failure(record.path, "no such file"))
         return [record for record in records if record.path.is_file()]
 
     def _features(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[Any, list[Record]]:

@@ -411,13 +411,13 @@ class HGAD(GradientDetector):
 
     def recognise(self, features: Features) -> Tensor:
         """log p(product | image), (N, K): the mean over levels and places of that of the vectors, normalised."""
-        return torch.stack([latent.evidence() for latent in self._read(features)]).mean(0).log_softmax(1)
+        return _recognised(self._read(features))
 
     @torch.no_grad()
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores with maps (N, side, side). No label: the product is the model's own guess."""
         latents = self._read(features)
-        products = torch.stack([latent.evidence() for latent in latents]).mean(0).log_softmax(1)
+        products = _recognised(latents)
         return self._scores(latents, products.argmax(1), products)
 
     @torch.no_grad()
@@ -452,6 +452,10 @@ class HGAD(GradientDetector):
             if latents[number].level.dense or len(latents) == 1:
                 maps.append(upsampled(standard, self.map_side))
         return Scores(torch.stack(images).mean(0), blurred(torch.stack(maps).mean(0), self.sigma), products)
+
+
+def _recognised(latents: Sequence[_Latent]) -> Tensor:
+    return torch.stack([latent.evidence() for latent in latents]).mean(0).log_softmax(1)
 
 
 def fused(parts: Sequence[Tensor], offset: float | Tensor, side: int, sigma: float) -> Tensor:
