@@ -364,5 +364,5 @@ def test_a_record_without_a_file_is_named_and_left_out(tmp_path: Path) -> None:
     run = _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, False, None)
     assert run._present(records) == records[:1]
     assert [(failure.path, failure.reason) for failure in run.failures] == [(gone, "no such file")]
-    with pytest.raises(ImageError, match="gone.png: no such file"):
+    with pytest.raises(ImageError, match=r"gone\.png: no such file"):
         _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, True, None)._present(records)
