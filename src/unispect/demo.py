@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ from unispect.data.factory import write_products
 from unispect.errors import DataError
 from unispect.evaluation import Evaluation, evaluate
 from unispect.features.cache import FeatureCache
-from unispect.features.engine import available_cores
 from unispect.inspector import Inspector
-from unispect.report.page import write_report
+from unispect.report.results import provenance, write_results
 
 MARK = ".made-by-unispect-demo"
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -75,29 +71,6 @@ def demo(
     facts = provenance(inspector, f"unispect demo --seed {seed} --false-alarm-rate {false_alarm_rate}")
     report = write_results(evaluation, out, "unispect on its built-in products", facts)
     return Demo(evaluation, report, model)
-
-
-def write_results(evaluation: Evaluation, folder: Path, title: str, facts: dict[str, str]) -> Path:
-    """Write evaluation.json, table.txt and report.html into a folder; returns the path of the report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = json.dumps(evaluation.as_dict(), indent=1, allow_nan=False)
-    (folder / "evaluation.json").write_text(numbers + "\n", encoding="utf-8")
-    (folder / "table.txt").write_text(evaluation.text() + "\n", encoding="utf-8")
-    return write_report(evaluation, folder / "report.html", title, facts)
-
-
-def provenance(inspector: Inspector, command: str) -> dict[str, str]:
-    """Where numbers come from, for the foot of a report."""
-    config, split = inspector.config, inspector.split
-    return {
-        "Command": command,
-        "Method": config["method"],
-        "Backbone": f"{config['features']['backbone']}, {config['preparation']['size']} px, {inspector.engine.name}",
-        "Images": f"{len(split.train)} to learn from, {len(split.held_out)} held out, {len(split.calibration)} to calibrate",
-        "Seed": str(config["seed"]),
-        "Versions": ", ".join(f"{name} {version(name)}" for name in ("unispect", "torch", "timm")),
-        "Machine": f"{platform.system()} {platform.machine()}, {available_cores()} cores",
-    }
 
 
 def _clear(data: Path) -> bool:

@@ -2,7 +2,8 @@
 
     UnispectError
     ├── DataError            a folder, file, label or mask is not what was expected (also a ValueError)
-    │   └── ImageError       one image cannot be read; names the file and the reason
+    │   ├── ImageError       one image cannot be read; names the file and the reason
+    │   └── LeakError        a test image was learnt from, held out or used to calibrate
     ├── ConfigError          a setting has an unknown name or an impossible value (also a ValueError)
     ├── WeightsError         backbone weights are missing or are not the ones expected
     ├── StoreError           a saved model is damaged, foreign or from another version
@@ -28,6 +29,10 @@ class DataError(UnispectError, ValueError):
 
 class ImageError(DataError):
     """One image cannot be read."""
+
+
+class LeakError(DataError):
+    """A test image was learnt from, held out or used to calibrate: numbers measured on it would flatter the model."""
 
 
 class ConfigError(UnispectError, ValueError):

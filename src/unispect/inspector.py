@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 
 from unispect.config import construct, merge, read_toml, settings, write_toml
-from unispect.data.folder import images_below, read_folder
-from unispect.data.loader import Failure, Loader, Preparation, decode
+from unispect.data.datasets import read_data
+from unispect.data.folder import images_below
+from unispect.data.leak import Seen
+from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
+from unispect.data.nearness import fingerprint
 from unispect.data.records import Record, Split, content_hash, split_normals
-from unispect.decide.conformal import ConformalRule, band, needed
-from unispect.detectors.base import Detector, GradientDetector, Recipe
+from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
+from unispect.detectors.base import Detector, GradientDetector, Recipe, TakesProduct
 from unispect.detectors.methods import METHODS
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
 from unispect.features.cache import FeatureCache
@@ -31,6 +34,7 @@ from unispect.store import pack_tensors, read_model, unpack_tensors, write_folde
 from unispect.types import Batch, Finding, Region, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
+MARKS = "marks"  # notes in the feature cache: fingerprints of images
 SECTIONS = ("preparation", "features", "split", "training", "decision")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Source = Path | str | np.ndarray | Image.Image
@@ -132,6 +136,21 @@ class Inspector:
         """The promised share of normal images that raise an alarm."""
         return float(self.decision.false_alarm_rate)
 
+    @property
+    def smallest_false_alarm_rate(self) -> float:
+        """The lowest rate that the calibration images can support."""
+        return smallest_rate(len(self.calibration.images.scores))
+
+    @property
+    def takes_product(self) -> bool:
+        """Whether its detector would score an image differently if told its product, which only `evaluate` ever does."""
+        return isinstance(self.detector, TakesProduct) and not self.facts["clustered"]
+
+    @property
+    def seen(self) -> Seen:
+        """The images it has learnt from, held out or was calibrated on: what `evaluate` must not be given again."""
+        return Seen.of(self.split, {content: bytes.fromhex(mark) for content, mark in self.facts.get("marks", {}).items()})
+
     @classmethod
     def fit(
         cls,
@@ -145,7 +164,8 @@ class Inspector:
     ) -> Inspector:
         """Learn from the good training images of all products at once.
 
-        data         a folder (see data.folder for the layouts) or records; test images in it are not touched
+        data         a folder (see data.folder for the layouts), a manifest (.csv, .parquet) or records; test images in
+                     it are not touched
         config       a TOML file or table of settings; what it does not say has its default
         cache        where features are kept; the user's cache folder unless given
         checkpoint   file that makes the run go on where it was killed
@@ -159,18 +179,36 @@ class Inspector:
 
     def findings(self, records: Sequence[Record], strict: bool = False) -> Iterator[tuple[Record, Finding | Failure]]:
         """A finding for each record, in order, or what is wrong with its file. Reads the path of a record only."""
+        for record, result, _ in self._judged(records, strict, given=False):
+            yield record, result
+
+    def findings_given(self, records: Sequence[Record]) -> Iterator[tuple[Record, Finding | Failure, Finding | None]]:
+        """As `findings`, and beside each what the detector says when told the record's product. Not deployable.
+
+        The paper's own protocol, for comparison in `evaluate` only. None where the detector takes no product, or the
+        model does not know the record's.
+        """
+        yield from self._judged(records, False, given=self.takes_product)
+
+    def _judged(
+        self, records: Sequence[Record], strict: bool, given: bool
+    ) -> Iterator[tuple[Record, Finding | Failure, Finding | None]]:
         loader = Loader(records, self.preparation, strict=strict)
         done, failed = 0, 0
         for batch in loader:
-            scores = self._scores(batch.images)
-            for place, index in enumerate(batch.index.tolist()):
+            chosen = batch.index.tolist()
+            names = [records[index].product for index in chosen]
+            scores, told = self._scored(batch.images, names if given else None)
+            for place, index in enumerate(chosen):
                 while done < index:
-                    yield records[done], loader.failures[failed]
+                    yield records[done], loader.failures[failed], None
                     done, failed = done + 1, failed + 1
-                yield records[index], self._finding(str(records[index].path), scores, place, loader.sizes[index])
+                path, size = str(records[index].path), loader.sizes[index]
+                other = self._finding(path, told, place, size) if told and names[place] in self.products else None
+                yield records[index], self._finding(path, scores, place, size), other
                 done = index + 1
         for missing in range(done, len(records)):
-            yield records[missing], loader.failures[failed + missing - done]
+            yield records[missing], loader.failures[failed + missing - done], None
 
     def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
         """What is to be said of an image, or of several.
@@ -192,11 +230,17 @@ class Inspector:
         array = decode(Path(source) if isinstance(source, str) else source)
         images = torch.from_numpy(self.preparation.image(array))[None]
         name = str(source) if isinstance(source, Path | str) else None
-        return self._finding(name, self._scores(images), 0, (array.shape[1], array.shape[0]))
+        return self._finding(name, self._scored(images)[0], 0, (array.shape[1], array.shape[0]))
 
     @torch.inference_mode()
-    def _scores(self, images: torch.Tensor) -> Scores:
-        return self.detector(self.engine(images))  # type: ignore[no-any-return]
+    def _scored(self, images: torch.Tensor, names: Sequence[str | None] | None = None) -> tuple[Scores, Scores | None]:
+        """Scores without a label and, where names are given, beside them those under the named products."""
+        features = self.engine(images)
+        scores = self.detector(features)
+        if names is None or not isinstance(self.detector, TakesProduct):
+            return scores, None
+        numbers = [self.products.index(name) if name in self.products else 0 for name in names]
+        return scores, self.detector.forward_given(features, torch.tensor(numbers))
 
     def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int]) -> Finding:
         score = float(scores.image[place])
@@ -215,6 +259,7 @@ class Inspector:
             map=scaled,
             width=size[0],
             height=size[1],
+            unaligned=None if scores.unaligned is None else float(scores.unaligned[place]),
         )
 
     def _resembles(self, scores: Scores, place: int) -> tuple[str | None, float | None]:
@@ -336,6 +381,7 @@ class _Fit:
         self.tell = progress or (lambda stage, done, total, losses: None)
         self.preparation = construct(Preparation, config["preparation"], "preparation")
         self.failures: list[Failure] = []
+        self.marks: dict[str, bytes] = {}
 
     def run(self, data: Path | str | Sequence[Record]) -> Inspector:
         split = self._split(data)
@@ -360,11 +406,12 @@ class _Fit:
             "clustered": clustered,
             "history": asdict(history),
             "failures": [f"{failure.path}: {failure.reason}" for failure in self.failures],
+            "marks": {content: mark.hex() for content, mark in self.marks.items()},
         }
         return Inspector(self.config, names, eyes, detector, calibration, split, facts)
 
     def _split(self, data: Path | str | Sequence[Record]) -> Split:
-        records = read_folder(data) if isinstance(data, Path | str) else list(data)
+        records = read_data(data) if isinstance(data, Path | str) else list(data)
         normal = [record for record in records if record.split == "train"]
         if not normal:
             raise DataError(f"data: {len(records)} images, none of them to learn from: expected good images in train/good")
@@ -386,9 +433,13 @@ class _Fit:
         if not records:
             raise DataError(f"{stage}: no image is left for it: give more images, or larger shares under [split]")
         contents = [split.hashes.get(record.path) or content_hash(record.path) for record in records]
+        content_of = {record.path: content for record, content in zip(records, contents, strict=True)}
+
+        def witness(record: Record, image: np.ndarray) -> None:
+            self.cache.keep_note(MARKS, content_of[record.path], fingerprint(image))
 
         def batches(wanted: list[int]) -> Iterator[Batch]:
-            loader = Loader([records[place] for place in wanted], self.preparation, strict=self.strict)
+            loader = Loader([records[place] for place in wanted], self.preparation, strict=self.strict, witness=witness)
             places = torch.tensor(wanted)
             for batch in loader:
                 yield Batch(batch.images, places[batch.index])
@@ -405,7 +456,22 @@ class _Fit:
         )
         if not len(found):
             raise ImageError(f"{stage}: none of {len(records)} images can be read: see `unispect check`")
-        return found, [records[index] for index in found.indices]
+        readable = [records[index] for index in found.indices]
+        self._mark({content_of[record.path]: record.path for record in readable})
+        return found, readable
+
+    def _mark(self, files: Mapping[str, Path]) -> None:
+        """Fingerprints of the images, by content, by which `evaluate` knows near-duplicates; kept in the cache, too."""
+        for content, mark in zip(files, ahead(self._marked, files.items(), 2, 16), strict=True):
+            self.marks[content] = mark
+
+    def _marked(self, file: tuple[str, Path]) -> bytes:
+        content, path = file
+        mark = self.cache.note(MARKS, content)
+        if mark is None:
+            mark = fingerprint(decode(path))
+            self.cache.keep_note(MARKS, content, mark)
+        return mark
 
     def _products(
         self, split: Split, roles: Mapping[str, tuple[Any, list[Record]]]

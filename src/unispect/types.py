@@ -35,14 +35,16 @@ class Batch:
 class Scores:
     """What a detector says of N images. Higher is more abnormal.
 
-    image    (N,) one score an image
-    maps     (N, h, w) a score for each place
-    products (N, K) log-probability of each known product given the image, or None
+    image      (N,) one score an image
+    maps       (N, h, w) a score for each place
+    products   (N, K) log-probability of each known product given the image, or None
+    unaligned  (N,) the image scores before products were brought to one scale, or None where nothing aligns them
     """
 
     image: Tensor
     maps: Tensor
     products: Tensor | None = None
+    unaligned: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Finding:
               calibration normals: 0 is their median, 1 the pixel threshold
     regions   of an anomalous image; where no place reaches the pixel threshold, the surroundings of the highest
     width, height   of the original image after EXIF rotation, pixels
+    unaligned the score before products were brought to one scale: for plots only; None where nothing aligns it
     """
 
     path: str | None
@@ -80,6 +83,7 @@ class Finding:
     map: np.ndarray
     width: int
     height: int
+    unaligned: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the map."""

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from unispect.metrics import ranking, regions
-from unispect.metrics.protocol import METRICS, Rates, Row, interval, mean, rates, table
+from unispect.metrics.protocol import METRICS, Rates, Row, interval, mean, pixel_metrics, rates, table, worst
 
 
 def sets() -> dict[str, np.ndarray]:
@@ -23,9 +23,17 @@ def sets() -> dict[str, np.ndarray]:
     return {"scores": scores, "labels": labels, "products": products, "maps": maps, "masks": masks, "at": pixels}
 
 
+def pixels(s: dict[str, np.ndarray]) -> dict[str | None, dict[str, float]]:
+    """Pixel metrics of each product that has maps, and of all."""
+    of_map = s["products"][s["at"]]
+    groups: list[str | None] = [None, *sorted(set(of_map))]
+    chosen = {name: slice(None) if name is None else of_map == name for name in groups}
+    return {name: pixel_metrics(s["maps"][which], s["masks"][which]) for name, which in chosen.items()}
+
+
 def test_parts_of_the_table() -> None:
     s = sets()
-    result = table(s["scores"], s["labels"], s["products"], s["maps"], s["masks"], s["products"][s["at"]])
+    result = table(s["scores"], s["labels"], s["products"], pixels(s))
     assert list(result.products) == ["a", "b", "c"]
     assert result.pooled.image_auroc == ranking.auroc(s["scores"], s["labels"])
     assert result.pooled.pixel_ap == ranking.average_precision(s["maps"], s["masks"])
@@ -62,13 +70,23 @@ def test_one_product_is_its_own_pool_and_mean() -> None:
     assert result.mean.image_ap == result.pooled.image_ap
 
 
+def test_worst_is_the_lowest_of_each_metric_with_its_product() -> None:
+    rows = {"a": Row(image_auroc=0.9, aupro=0.2), "b": Row(image_auroc=0.7), "c": Row(image_auroc=0.7, aupro=0.4, images=5)}
+    lowest, whose = worst(rows)
+    assert lowest == Row(image_auroc=0.7, aupro=0.2, images=5)
+    assert whose == {"image_auroc": "b", "aupro": "a"}
+    assert worst({}) == (Row(), {})
+
+
 def test_row_as_json_values() -> None:
     assert Row(image_auroc=0.5, images=3).as_dict() == {
         "image_auroc": 0.5,
         "image_ap": None,
         "image_f1max": None,
+        "detection_at_1": None,
         "pixel_auroc": None,
         "pixel_ap": None,
+        "pixel_f1max": None,
         "aupro": None,
         "images": 3,
     }

@@ -100,3 +100,16 @@ def test_errors_say_what_to_do() -> None:
         ranking.auroc(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="1 for 2 scores"):
         ranking.auroc([np.zeros(2)] * 2, [np.zeros(2)])
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_parts_sorted_by_threads_count_the_same(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    labels = random.random(4000) < 0.1
+    scores = np.round(random.normal(size=4000) + labels, 1)
+    whole = ranking.curve(scores, labels)
+    monkeypatch.setattr(ranking, "LEAST", 300)
+    monkeypatch.setattr(ranking, "_cores", lambda: cores)
+    parts = ranking.curve(scores, labels)
+    for name in ("thresholds", "true", "false", "above"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name))

@@ -12,6 +12,7 @@ from PIL import Image
 from unispect.data.loader import Failure, Preparation
 from unispect.data.records import Record
 from unispect.evaluation import Case, Cases, Evaluation
+from unispect.metrics.calibration import calibrated
 from unispect.metrics.protocol import rates, table
 from unispect.report.page import write_findings_report, write_report
 from unispect.types import Finding, Region
@@ -102,9 +103,18 @@ def evaluation(folder: Path, good: list[float], defective: list[float], product:
         total=tally,
         threshold=1.0,
         promised=0.01,
+        calibration=calibrated(np.where(scores > 1, 0.005, 0.5)[labels == 0], 0.01, 0.005),
+        intervals={},
+        comparisons=(),
+        pixel_bounds={},
         scores=scores,
         labels=labels,
         products=(product,) * len(scores),
+        p_values=np.where(scores > 1, 0.005, 0.5),
+        unaligned=None,
+        pro=None,
+        paths=tuple(str(case.record.path) for case in cases),
+        warnings=(),
         cases={product: chosen},
         notes=(f"No masks, so no pixel metrics: {product}.",),
         failures=(),

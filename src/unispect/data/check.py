@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from unispect.data.folder import images_below, read_folder
-from unispect.data.loader import MAX_PIXELS, Failure, ahead, marked, named, opened, pixels
+from unispect.data.datasets import deviations, find_dataset, in_short, published, read_data
+from unispect.data.folder import images_below
+from unispect.data.loader import MAX_PIXELS, Failure, ahead, named, opened, pixels, read_mask
 from unispect.data.records import Record, split_normals
 from unispect.errors import ImageError
 
@@ -173,24 +174,37 @@ def check(
     calibration: float = 0.2,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    dataset: str | None = None,
 ) -> Check:
-    """Read every image and mask below a folder once and say what is there.
+    """Read every image and mask of a folder, a manifest or a published data set once and say what is there.
 
     max_pixels              images with more are unreadable
     held_out, calibration   fractions of the normal images that fit will set aside
     workers                 threads
     progress                called with (images done, images in all) after each image
+    dataset                 name of a published data set, of which root is the folder
     """
-    root = Path(root)
-    records, seen = read_folder(root), []
+    root, seen = Path(root), []
+    records, incomplete = _records(root, dataset)
     for facts in ahead(lambda record: _look(record, max_pixels), records, workers, 4 * workers):
         seen.append(facts)
         if progress is not None:
             progress(len(seen), len(records))
     products = tuple(_product(name, of_product) for name, of_product in _by_product(seen).items())
-    return Check(
-        root, products, _problems(root, seen, products), _unreadable(seen), _calibrating(seen, held_out, calibration)
+    problems = (
+        *_deviation_problems(root, incomplete),
+        *_problems(root, seen, products, plain=dataset is None and root.is_dir()),
     )
+    return Check(root, products, _ordered(problems), _unreadable(seen), _calibrating(seen, held_out, calibration))
+
+
+def _records(root: Path, dataset: str | None) -> tuple[list[Record], list[str]]:
+    """Records, and where they differ from what is published."""
+    if dataset is None:
+        return read_data(root), []
+    known = find_dataset(dataset)
+    records = known.read(root)
+    return published(known, records), deviations(known, records)
 
 
 # One file
@@ -245,12 +259,11 @@ def _look(record: Record, max_pixels: int) -> _Facts:
 
 def _look_at_mask(path: Path, max_pixels: int) -> _Mask:
     try:
-        with named(str(path)), opened(path, max_pixels) as image:
-            anomalous = marked(image)
+        anomalous = read_mask(path, max_pixels)
     except ImageError as error:
         return _Mask(reason=Failure.of(path, error).reason)
     lossy = path.suffix.lower() in (".jpg", ".jpeg", ".jfif", ".jpe")
-    return _Mask(image.size, not anomalous.any(), lossy, _boxed(anomalous))
+    return _Mask((anomalous.shape[1], anomalous.shape[0]), not anomalous.any(), lossy, _boxed(anomalous))
 
 
 def _boxed(anomalous: np.ndarray) -> float | None:
@@ -336,17 +349,32 @@ def _learnable(facts: _Facts) -> bool:
 # Problems
 
 
-def _problems(root: Path, seen: Sequence[_Facts], products: Sequence[Product]) -> tuple[Problem, ...]:
+def _ordered(found: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Those that concern anything, the most severe first."""
+    problems = [problem for problem in found if problem.where]
+    return tuple(sorted(problems, key=lambda problem: SEVERITIES.index(problem.severity)))
+
+
+def _problems(root: Path, seen: Sequence[_Facts], products: Sequence[Product], plain: bool) -> list[Problem]:
+    """plain: a folder in one of the LAYOUTS, so that images that are not read were perhaps misplaced."""
     read = [facts for facts in seen if facts.reason is None]
-    found = [
+    return [
         *_file_problems(seen),
         *_copy_problems(read),
         *_mask_problems(read, products),
-        *_stray_problems(root, seen),
+        *(_stray_problems(root, seen) if plain else ()),
         *_product_problems(root, products),
     ]
-    problems = [problem for problem in found if problem.where]
-    return tuple(sorted(problems, key=lambda problem: SEVERITIES.index(problem.severity)))
+
+
+def _deviation_problems(root: Path, found: Sequence[str]) -> Iterator[Problem]:
+    if found:
+        yield Problem(
+            "error",
+            f"not the data set as published: {in_short(found)}",
+            (root,),
+            "unpack the archive again, or go on with what is there: --partial; then say so beside every number",
+        )
 
 
 def _unreadable(seen: Iterable[_Facts]) -> tuple[Failure, ...]:

@@ -5,6 +5,7 @@ Nothing here looks at more than one image at a time: values are scaled by fixed 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ GREY_MODES = {"1", "L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
 FITS = ("squash", "crop")
 POINTER = b"version https://git-lfs"
+SLICE = re.compile(r"(.+\.npy)#(\d+)")
 
 Source: TypeAlias = Path | str | bytes | np.ndarray | Image.Image
 Item = TypeVar("Item")
@@ -56,9 +58,43 @@ def decode(source: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The mask at its own size, (H, W) bool: whatever is not zero, black or transparent is anomalous."""
-    with named(str(path)), opened(path, max_pixels) as image:
+    """The mask at its own size, (H, W) bool: whatever is not zero, black or transparent is anomalous.
+
+    path   image file; folder of image files of one size, whose union counts; or FILE.npy#INDEX, one slice of an array
+           (T, H, W) on disk, of which no other slice is read
+    """
+    with named(str(path)):
+        if stored := SLICE.fullmatch(str(path)):
+            return _slice(Path(stored[1]), int(stored[2]), max_pixels)
+        return _union(path, max_pixels) if path.is_dir() else _mask(path, max_pixels)
+
+
+def _mask(path: Path, max_pixels: int) -> np.ndarray:
+    with opened(path, max_pixels) as image:
         return marked(image)
+
+
+def _union(folder: Path, max_pixels: int) -> np.ndarray:
+    """All masks of a folder in one, (H, W) bool."""
+    union, files = None, (path for path in folder.iterdir() if path.suffix.lower() in extensions())
+    for path in sorted(path for path in files if not path.name.startswith(".")):
+        with named(path.name):
+            mask = _mask(path, max_pixels)
+        if union is not None and union.shape != mask.shape:
+            raise ImageError(f"{path.name}: shape {mask.shape}, where the masks before it have {union.shape}")
+        union = mask if union is None else union | mask
+    if union is None:
+        raise ImageError("a folder without a mask in it")
+    return union
+
+
+def _slice(file: Path, index: int, max_pixels: int) -> np.ndarray:
+    """One slice of a (T, H, W) array, (H, W) bool. Mapped, so nothing is unpickled and nothing else is read."""
+    array = np.lib.format.open_memmap(file, mode="r")
+    if array.ndim != 3 or index >= len(array):
+        raise ImageError(f"shape {array.shape}: expected (T, H, W) with T above {index}")
+    _check_size((array.shape[2], array.shape[1]), max_pixels)
+    return np.array(array[index] != 0)
 
 
 @contextmanager
@@ -318,6 +354,7 @@ class Loader:
 
     workers    threads; 0 decodes in the caller's
     strict     raise the error of the first broken file instead
+    witness    called with each record and its decoded image (H, W, 3) uint8, on the threads that decode
     failures   of the last pass, in the order of the records
     sizes      (width, height) of each image read in the last pass, upright, by index, pixels
     """
@@ -330,6 +367,7 @@ class Loader:
         workers: int = 2,
         strict: bool = False,
         max_pixels: int = MAX_PIXELS,
+        witness: Callable[[Record, np.ndarray], None] | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -344,6 +382,7 @@ class Loader:
         self.workers = workers
         self.strict = strict
         self.max_pixels = max_pixels
+        self.witness = witness
         self.failures: list[Failure] = []
         self.sizes: dict[int, tuple[int, int]] = {}
 
@@ -369,6 +408,8 @@ class Loader:
             array = decode(record.path, self.max_pixels)
         except ImageError as error:
             return error
+        if self.witness is not None:
+            self.witness(record, array)
         return _Prepared(self.preparation.image(array), (array.shape[1], array.shape[0]))
 
 

@@ -21,7 +21,7 @@ class Record:
     product   None where products have no names
     label     0 good, 1 defective, None unknown
     defect    name of the defect
-    mask      file whose non-zero pixels are defective
+    mask      file whose non-zero pixels are defective, a folder of such files, or FILE.npy#INDEX, a slice of an array
     group     images taken together (one part, one session): they stay on one side of every split
     split     "train" for images to learn from, "test" for those that only evaluation may see
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -68,6 +68,14 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores; higher is more abnormal."""
+
+
+@runtime_checkable
+class TakesProduct(Protocol):
+    """A detector whose paper scores an image under its true product. For comparison in `evaluate`; not deployable."""
+
+    def forward_given(self, features: Features, product: Tensor) -> Scores:
+        """As forward, told the product (N,) of each image; never called in inspection."""
 
 
 class GradientDetector(Detector):

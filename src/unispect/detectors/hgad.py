@@ -443,15 +443,17 @@ class HGAD(GradientDetector):
 
     def _aligned(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
         distances = self._distances(latents, product)
-        images, maps = [], []
+        raw, images, maps = [], [], []
         for number, distance in enumerate(distances):
             summary = top_mean(distance, self.top)
+            raw.append(summary)
             images.append((summary - self.image_mean[number, product]) / self.image_scale[number, product])
             centre, scale = self.map_mean[number, product], self.map_scale[number, product]
             standard = (distance - centre[:, None, None]) / scale[:, None, None]
             if latents[number].level.dense or len(latents) == 1:
                 maps.append(upsampled(standard, self.map_side))
-        return Scores(torch.stack(images).mean(0), blurred(torch.stack(maps).mean(0), self.sigma), products)
+        image, unaligned = torch.stack(images).mean(0), torch.stack(raw).mean(0)
+        return Scores(image, blurred(torch.stack(maps).mean(0), self.sigma), products, unaligned)
 
 
 def _recognised(latents: Sequence[_Latent]) -> Tensor:

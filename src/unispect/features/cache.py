@@ -135,6 +135,20 @@ class FeatureCache:
             found |= _compute(missing, paths, files, batches, engine, progress)
         return _feature_set(files, found, self.open_files)
 
+    def note(self, kind: str, content: str) -> bytes | None:
+        """What `keep_note` kept of a file with this content; None where nothing was."""
+        try:
+            return self._note_file(kind, content).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def keep_note(self, kind: str, content: str, note: bytes) -> None:
+        """Keep a few bytes about a file, by its content."""
+        _place(self._note_file(kind, content), note)
+
+    def _note_file(self, kind: str, content: str) -> Path:
+        return self.root / kind / content[:2] / f"{content}.note"
+
     def size(self) -> dict[str, tuple[int, int]]:
         """Files and bytes for each fingerprint, unfinished files included."""
         sizes: dict[str, tuple[int, int]] = {}
@@ -226,10 +240,16 @@ def _write(file: Path, levels: Features, image: Path) -> list[Shape]:
                 f"{image}: features of level {number} reach {peak:g}, too large for the cache (below {LARGEST:g}): "
                 "use other layers or weights"
             )
+    _place(file, _packed(levels))
+    return [_shape(level) for level in levels]
+
+
+def _place(file: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     unfinished = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(_packed(levels))
+        unfinished.write_bytes(content)
         unfinished.replace(file)
     except OSError as error:
         with suppress(OSError):
@@ -237,7 +257,6 @@ def _write(file: Path, levels: Features, image: Path) -> list[Shape]:
         raise UnispectError(
             f"cannot write to the feature cache {file.parent} ({error}): prune it, or name another with UNISPECT_CACHE"
         ) from error
-    return [_shape(level) for level in levels]
 
 
 def _shape(level: Tensor) -> Shape:

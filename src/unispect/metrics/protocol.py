@@ -2,30 +2,37 @@
 
 Pooled ("absolute-unified"): all images in one ranking, so one threshold serves every product. Mean over products
 ("model-unified"): each product ranked alone, then the unweighted mean, which forgives scores on different scales.
+Worst: the product that does least well, which a mean hides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.special import betaincinv
 
 from unispect.metrics import ranking, regions
+from unispect.metrics.ranking import Arrays
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Metrics of one set of images, NaN where not measurable. `images` counts those with an image score."""
+    """Metrics of one set of images, NaN where not measurable. `images` counts those with an image score.
+
+    detection_at_1   share of defects found at 1 % false alarms, where the threshold is set on these very images
+    """
 
     image_auroc: float = NAN
     image_ap: float = NAN
     image_f1max: float = NAN
+    detection_at_1: float = NAN
     pixel_auroc: float = NAN
     pixel_ap: float = NAN
+    pixel_f1max: float = NAN
     aupro: float = NAN
     images: int = 0
 
@@ -40,10 +47,16 @@ METRICS = tuple(field.name for field in fields(Row) if field.name != "images")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Both protocols and what the mean is taken over, products in alphabetical order."""
+    """Both protocols and what the mean is taken over, products in alphabetical order.
+
+    worst            the lowest value of each metric over the products
+    worst_products   whose value that is, by metric
+    """
 
     pooled: Row
     mean: Row
+    worst: Row
+    worst_products: dict[str, str]
     products: dict[str, Row]
 
 
@@ -51,25 +64,57 @@ def table(
     scores: np.ndarray,
     labels: np.ndarray,
     products: Sequence[str],
-    maps: Sequence[np.ndarray] | np.ndarray = (),
-    masks: Sequence[np.ndarray] | np.ndarray = (),
-    map_products: Sequence[str] = (),
+    pixels: Mapping[str | None, Mapping[str, float]] | None = None,
 ) -> Table:
-    """All metrics of N images, M of which (those whose defects are known by pixel) have maps.
+    """All metrics of N images.
 
-    scores, labels, products        (N,) each; label 1 is defective
-    maps, masks, map_products       (M, h, w), (M, h, w), (M,), in an order of their own
+    scores, labels, products   (N,) each; label 1 is defective
+    pixels                     pixel metrics by product, under None those of all products pooled
     """
-    names = np.asarray(products, dtype=object)
+    names, known = np.asarray(products, dtype=object), pixels or {}
 
     def row(product: str | None) -> Row:
         chosen = slice(None) if product is None else names == product
-        places = [place for place, name in enumerate(map_products) if product is None or name == product]
-        return _row(scores[chosen], labels[chosen], [maps[i] for i in places], [masks[i] for i in places])
+        count = len(scores[chosen])
+        return Row(**image_metrics(scores[chosen], labels[chosen]), **known.get(product, {}), images=count)
 
     rows = {product: row(product) for product in sorted(set(products))}
     pooled = rows[next(iter(rows))] if len(rows) == 1 else row(None)
-    return Table(pooled, mean(list(rows.values())), rows)
+    return Table(pooled, mean(list(rows.values())), *worst(rows), rows)
+
+
+def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Metrics of N image scores, by their name in Row; sorted once."""
+    counts = ranking.curve(scores, labels)
+    return {
+        "image_auroc": ranking.area(counts),
+        "image_ap": ranking.precision(counts),
+        "image_f1max": ranking.best_f1(counts),
+        "detection_at_1": ranking.detection_at(scores, labels, 0.01),
+    }
+
+
+def pixel_metrics(maps: Arrays, masks: Arrays) -> dict[str, float]:
+    """Metrics of M maps (h, w), by their name in Row; the pixels are sorted once for all four. Exact."""
+    counts = ranking.curve(maps, masks)
+    return {
+        "pixel_auroc": ranking.area(counts),
+        "pixel_ap": ranking.precision(counts),
+        "pixel_f1max": ranking.best_f1(counts),
+        "aupro": regions.overlap(counts, maps, masks),
+    }
+
+
+def worst(rows: Mapping[str, Row]) -> tuple[Row, dict[str, str]]:
+    """The lowest value of each metric over the products, and whose it is; the first of equals."""
+    lowest: dict[str, float] = {}
+    whose: dict[str, str] = {}
+    for metric in METRICS:
+        values = {name: getattr(row, metric) for name, row in rows.items() if not np.isnan(getattr(row, metric))}
+        if values:
+            whose[metric] = min(values, key=values.__getitem__)
+            lowest[metric] = values[whose[metric]]
+    return Row(**lowest, images=sum(row.images for row in rows.values())), whose
 
 
 def mean(rows: Sequence[Row]) -> Row:
@@ -77,20 +122,6 @@ def mean(rows: Sequence[Row]) -> Row:
     measured = {name: [value for row in rows if not np.isnan(value := getattr(row, name))] for name in METRICS}
     means = {name: float(np.mean(values)) if values else NAN for name, values in measured.items()}
     return Row(**means, images=sum(row.images for row in rows))
-
-
-def _row(scores: np.ndarray, labels: np.ndarray, maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Row:
-    """Metrics of one set; the pixels are sorted once for all three of theirs."""
-    images, pixels = ranking.curve(scores, labels), ranking.curve(maps, masks)
-    return Row(
-        image_auroc=ranking.area(images),
-        image_ap=ranking.precision(images),
-        image_f1max=ranking.best_f1(images),
-        pixel_auroc=ranking.area(pixels),
-        pixel_ap=ranking.precision(pixels),
-        aupro=regions.overlap(pixels, maps, masks),
-        images=len(scores),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,21 @@
 """How well scores separate two classes: AUROC, average precision and the best F1. Exact, ties included.
 
 All three depend on the positives only through their distinct scores, so the negatives, which are nearly all of the
-pixels, are sorted alone and in their own precision: 6e7 float32 pixels need about 1 GB. Labels: nonzero is positive.
-Scores may come as one array or as a list of arrays (one an image), which are then not copied into one first.
+pixels, are sorted alone, on all cores and in their own precision: 6e7 float32 pixels need about 1 GB. Labels: nonzero
+is positive. Scores may come as one array or as a list of arrays (one an image), which are then not copied into one first.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
+LEAST = 500_000  # values that are worth a thread
 Arrays: TypeAlias = np.ndarray | Sequence[np.ndarray]
 
 
@@ -62,17 +65,9 @@ def curve(scores: Arrays, labels: Arrays) -> Curve:
     """Sort once and count; `area`, `precision` and `best_f1` read their numbers from it."""
     positive, negative = divide(scores, labels)
     positive.sort()
-    negative.sort()
     thresholds, true = _distinct(positive)
-    size = len(negative)
-    return Curve(
-        thresholds=thresholds,
-        true=true,
-        false=size - np.searchsorted(negative, thresholds, side="left"),
-        above=size - np.searchsorted(negative, thresholds, side="right"),
-        positives=len(positive),
-        negatives=size,
-    )
+    false, above = _counted(negative, thresholds)
+    return Curve(thresholds, true, false, above, positives=len(positive), negatives=len(negative))
 
 
 def area(counts: Curve) -> float:
@@ -98,6 +93,20 @@ def best_f1(counts: Curve) -> float:
     if not counts.measurable:
         return float("nan")
     return float(np.max(2.0 * counts.true / (counts.true + counts.false + counts.positives)))
+
+
+def detection_at(scores: Arrays, labels: Arrays, rate: float = 0.01) -> float:
+    """Largest share of positives above a threshold that at most `rate` of the negatives are above, without interpolation.
+
+    The threshold is set on these very scores. NaN when a class is missing.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate={rate}: a false-alarm rate from 0 to 1 was expected, such as 0.01")
+    counts = curve(scores, labels)
+    if not counts.measurable:
+        return float("nan")
+    tolerable = counts.false <= rate * counts.negatives
+    return float(np.max(counts.true[tolerable], initial=0)) / counts.positives
 
 
 def roc(scores: Arrays, labels: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +146,30 @@ def divide(scores: Arrays, labels: Arrays) -> tuple[np.ndarray, np.ndarray]:
         positive[p : p + len(chosen)], negative[n : n + len(other)] = chosen, other
         p, n = p + len(chosen), n + len(other)
     return positive, negative
+
+
+def _counted(values: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many values are at least, and how many are more than, each of k thresholds, (k,) each; sorts parts of `values`.
+
+    Each part is sorted by a thread of its own, in place: counts add up, so the parts need not be merged.
+    """
+    parts = np.array_split(values, min(_cores(), max(1, len(values) // LEAST)))
+
+    def count(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        part.sort()
+        low, high = (np.searchsorted(part, thresholds, side=side) for side in ("left", "right"))
+        return len(part) - low, len(part) - high
+
+    if len(parts) == 1:
+        return count(parts[0])
+    with ThreadPoolExecutor(len(parts), thread_name_prefix="unispect-sort") as threads:
+        counts = list(threads.map(count, parts))
+    return sum(false for false, _ in counts), sum(above for _, above in counts)  # type: ignore[return-value]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pairs(scores: Arrays, labels: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:

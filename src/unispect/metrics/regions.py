@@ -42,7 +42,7 @@ def overlap(counts: Curve, maps: Arrays, masks: Arrays, limit: float = 0.3) -> f
     right, after = counts.false[last], _region_share(counts, maps, masks)[last]
     left, before = np.maximum(right - 1, 0), np.concatenate([[0.0], after[:-1]])
     x, y = ranking.corners(left / counts.negatives, right / counts.negatives, before, after)
-    return _area_up_to(limit, x, y) / limit
+    return area_up_to(limit, x, y) / limit
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -96,7 +96,7 @@ def _each(arrays: Arrays) -> Arrays:
     return arrays
 
 
-def _area_up_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
+def area_up_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
     """Integral of a polygonal curve with ascending x from 0 to the limit."""
     inside = int(np.searchsorted(x, limit, side="right"))
     x, y = np.append(x[:inside], limit), np.append(y[:inside], np.interp(limit, x, y))

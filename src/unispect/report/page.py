@@ -199,16 +199,30 @@ def _results(evaluation: Evaluation) -> Sheet:
     rows = [
         cells("Pooled, one ranking", table.pooled, evaluation.total),
         cells("Mean over products", table.mean, None),
+        cells("Worst product", table.worst, None),
         *(cells(name, row, evaluation.rates[name]) for name, row in table.products.items()),
     ]
     neat = [tuple("–" if cell == "-" else cell for cell in row) for row in rows]
     return Sheet(
         caption="Pooled: all products in one ranking, one threshold. Mean: each product ranked alone, then averaged.",
         words=1,
-        spans=(("", 2), ("Images", 3), ("Pixels", 3), ("At the threshold", 2)),
-        head=("Product", "Images", "AUROC", "AP", "F1 max", "AUROC", "AP", "AUPRO", "False alarms", "Found"),
-        summary=tuple(neat[:2]),
-        rows=tuple(neat[2:]),
+        spans=(("", 2), ("Images", 4), ("Pixels", 4), ("At the threshold", 2)),
+        head=(
+            "Product",
+            "Images",
+            "AUROC",
+            "AP",
+            "F1 max",
+            "Found at 1 %",
+            "AUROC",
+            "AP",
+            "F1 max",
+            "AUPRO",
+            "False alarms",
+            "Found",
+        ),
+        summary=tuple(neat[:3]),
+        rows=tuple(neat[3:]),
     )
 
 
