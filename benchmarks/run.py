@@ -1,112 +1,56 @@
-"""Measure again what benchmarks/results holds: `make bench` for the built-in products, with REALDATA=DIR for real ones.
+"""Measure again what benchmarks/results holds: `make bench`, with REALDATA=DIR for real products.
 
-Every figure comes from `unispect fit` and `unispect evaluate` run here: fixed steps, no test image seen in learning or
-calibration, no product label in scoring. Results are one JSON and one Markdown file for each data set.
+A thin layer over `unispect benchmark`: it runs a grid in an empty folder and keeps the summary as NAME.md and NAME.json.
+Nothing that learns or calibrates sees a test image; columns with a star are the exception and say so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "openvino", "numpy", "pillow")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
-def run(*arguments: str) -> float:
-    """Seconds that a unispect command took."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "unispect", *arguments], check=True)
-    return time.perf_counter() - start
-
-
-def processor() -> str:
-    """Model name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def measure(data: Path, ignored: list[str], seed: int, folder: Path) -> dict[str, object]:
-    """Fit and evaluate once, with an empty feature cache."""
-    os.environ["UNISPECT_CACHE"] = str(folder / "cache")
-    model, out = folder / "model", folder / "evaluation"
-    fit = run("fit", str(data), "-o", str(model), "--seed", str(seed))
-    flags = [flag for name in ignored for flag in ("--ignore-masks", name)]
-    evaluate = run("evaluate", str(model), str(data), "-o", str(out), *flags)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    table = json.loads((out / "evaluation.json").read_text("utf-8"))
-    size = sum(file.stat().st_size for file in model.iterdir()) / 2**20
-    facts = {
-        "fit_s": round(fit, 1),
-        "evaluate_s": round(evaluate, 1),
-        "peak_gib": round(peak, 2),
-        "model_mib": round(size, 1),
-    }
-    return {"seed": seed, **facts, "table": table, "text": (out / "table.txt").read_text("utf-8")}
-
-
-def record(name: str, data: Path, command: str, ignored: list[str], seeds: list[int]) -> None:
-    """Measure every seed and write NAME.json and NAME.md."""
-    machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    runs = []
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(measure(data, ignored, seed, Path(folder)))
-    RESULTS.mkdir(exist_ok=True)
-    content = {"command": command, "machine": machine, "versions": versions, "runs": runs}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (RESULTS / f"{name}.md").write_text(page(name, content, runs), "utf-8")
-
-
-def page(name: str, content: dict[str, object], runs: list[dict[str, object]]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"# {name}: HGAD, default settings",
-        "",
-        f"Command: `{content['command']}`  ",
-        f"Machine: {content['machine']}  ",
-    ]
-    lines += [f"Versions: {content['versions']}", ""]
-    lines += [
-        "| seed | image AUROC mean / pooled | pixel AUROC mean / pooled | false alarms at 1 % | fit s | peak GiB | MiB |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for result in runs:
-        table = result["table"]
-        assert isinstance(table, dict)
-        cells = [f"{table['mean'][key]:.3f} / {table['pooled'][key]:.3f}" for key in ("image_auroc", "pixel_auroc")]
-        realised = f"{table['false_alarm_rate']['realised']:.2%}"
-        costs = [str(result[key]) for key in ("fit_s", "peak_gib", "model_mib")]
-        lines.append("| " + " | ".join([str(result["seed"]), *cells, realised, *costs]) + " |")
-    return "\n".join(
-        [*lines, "", "Seed " + str(runs[0]["seed"]) + ":", "", "```text", str(runs[0]["text"]).rstrip(), "```", ""]
-    )
+def record(name: str, command: str, options: list[str]) -> None:
+    """Run the grid of this name and keep its summary with the command that made it."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["benchmark", str(HERE / "grids" / f"{name}.toml"), "-o", folder, *options]
+        subprocess.run([sys.executable, "-m", "unispect", *arguments], check=True)
+        out = Path(folder)
+        title, rest = (out / "table.md").read_text("utf-8").split("\n", 1)
+        tables = [(path.parent.name, path.read_text("utf-8")) for path in sorted(out.glob("cells/*/table.txt"))]
+        content = json.loads((out / "table.json").read_text("utf-8"))
+        first = tables[:1] if tables else []
+        details = "".join(f"\n## {cell}\n\n```text\n{text.rstrip()}\n```\n" for cell, text in first)
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(f"{title}\n\nCommand: `{command}`\n{rest.rstrip()}\n{details}", "utf-8")
+        (RESULTS / f"{name}.json").write_text(json.dumps({"command": command} | content, indent=1) + "\n", "utf-8")
+        shutil.rmtree(out / "cells", ignore_errors=True)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--realdata", type=Path, help="folder of real products in the MVTec layout")
-    parser.add_argument("--ignore-masks", nargs="*", default=["pcb"], help="products of --realdata whose masks are boxes")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--mvtec-size", type=Path, help="folder that benchmarks/trees.py made")
+    parser.add_argument("--seeds", help="instead of those of the grid, such as 0,1,2")
     chosen = parser.parse_args()
+    options = [] if chosen.seeds is None else ["--seeds", chosen.seeds]
     if chosen.realdata:
-        record("realdata", chosen.realdata, "make bench REALDATA=../shared/realdata", chosen.ignore_masks, chosen.seeds)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        from unispect import write_products
-
-        record("builtin", write_products(Path(folder) / "data", train=130), "make bench", [], chosen.seeds)
+        options += ["--data", f"realdata={chosen.realdata.resolve()}"]
+        record("realdata", "make bench REALDATA=../shared/realdata", options)
+    elif chosen.mvtec_size:
+        options += ["--data", f"mvtec-size={chosen.mvtec_size.resolve()}"]
+        record("mvtec-size", "python benchmarks/run.py --mvtec-size out/mvtec-size", options)
+    else:
+        record("builtin", "make bench", options)
 
 
 if __name__ == "__main__":

@@ -484,3 +484,71 @@ def test_a_killed_fit_resumes_to_the_same_bytes(
     assert ("nothing to resume" in resumed.err) is (moment == "among the features")
     assert learnt(tmp_path / "m") == uninterrupted
     assert not (tmp_path / "m.work").exists()
+
+
+# datasets, manifest, benchmark
+
+
+def test_data_sets_are_listed_with_where_to_get_them(run: Run) -> None:
+    told = run("datasets").out
+    given = json.loads(run("datasets", "--json").out)
+    assert {"mvtec", "visa", "btad", "mvtec3d", "loco", "union", "stc", "realiad"} == set(given)
+    assert all(one["source"] in told and one["licence"] in told for one in given.values())
+
+
+def test_a_data_set_that_is_not_there_or_not_whole_is_told(run: Run, place: Place, tmp_path: Path) -> None:
+    missing = run("fit", tmp_path / "visa", "--dataset", "visa", "-o", tmp_path / "m")
+    assert missing.code == 2
+    assert "VisA is not downloaded by unispect: get" in missing.err
+    unknown = run("evaluate", place.model, place.data, "--dataset", "vissa")
+    assert unknown.code == 2
+    assert "unknown data set 'vissa': did you mean 'visa'" in unknown.err
+
+
+def test_a_manifest_is_data_like_any_other(run: Run, place: Place, tmp_path: Path) -> None:
+    listed = run("manifest", place.data, "-o", tmp_path / "list.csv")
+    assert listed.code == 0
+    assert str(tmp_path / "list.csv") in listed.out
+    by_folder, by_list = (run("evaluate", place.model, source, "--json") for source in (place.data, tmp_path / "list.csv"))
+    assert by_list.code == 0
+    assert json.loads(by_list.out)["pooled"] == json.loads(by_folder.out)["pooled"]
+
+
+def test_evaluate_refuses_what_the_model_has_seen(run: Run, place: Place, tmp_path: Path) -> None:
+    rows = (run("manifest", place.data, "-o", tmp_path / "list.csv"), (tmp_path / "list.csv").read_text().splitlines())[1]
+    leaked = [row.replace(",train", ",test") for row in rows]
+    (tmp_path / "leaked.csv").write_text("\n".join(leaked) + "\n")
+    refused = run("evaluate", place.model, tmp_path / "leaked.csv")
+    assert refused.code == 2
+    assert one_line(refused)
+    assert "seen in learning, byte for byte" in refused.err
+
+
+def test_evaluate_without_what_takes_time(run: Run, place: Place) -> None:
+    short = run("evaluate", place.model, place.data, "--json", "--no-comparisons", "--no-bootstrap", "--no-exact")
+    given = json.loads(short.out)
+    assert (given["comparisons"], given["intervals"]) == ({}, {})
+    assert max(given["pixel_bounds"]["pooled"].values()) > 0
+
+
+def test_benchmark_ends_with_a_table_and_says_what_failed(run: Run, place: Place, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        f'title = "Grid"\n[data.line]\nroot = "{place.data}"\n[methods.hgad]\npreparation = {{ size = 64 }}\n'
+        'features = { engine = "torch" }\ntraining = { steps = 3 }\nhgad = { map_side = 64 }\n'
+        "decision = { false_alarm_rate = 0.001 }\n"
+    )
+    failed = run("benchmark", grid, "-o", tmp_path / "out", "--compare", "hgad-table-1")
+    assert failed.code == 2
+    assert "1 of 1 cells failed" in failed.err
+    assert "hgad-table-1: Yao et al., 2024, Tab. 1" in failed.out
+    assert (tmp_path / "out" / "index.html").is_file()
+    for wrong, told in (
+        (["--compare", "hgad-table-9"], "unknown published table 'hgad-table-9'"),
+        (["--seeds", "one"], "expected whole numbers"),
+        (["--data", "line"], "expected NAME=FOLDER"),
+    ):
+        result = run("benchmark", grid, "-o", tmp_path / "other", *wrong)
+        assert result.code == 2
+        assert told in result.err
+        assert not (tmp_path / "other").exists()

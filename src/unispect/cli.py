@@ -596,6 +596,59 @@ def evaluate(
         _say(f"Report: {report}")
 
 
+# benchmark
+
+
+@app.command()
+def benchmark(
+    grid: Annotated[Path, typer.Argument(help="TOML file: methods, data, backbones and seeds.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for results; what is there already is not run again.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Cells run at once; the cores are shared among them.")] = 1,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="NAME=FOLDER: where a data set of the grid is; may be repeated.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Instead of those of the grid, such as 0,1,2.")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Published table to set beside, such as hgad-table-1; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run method x data x backbone x seed, resumable; write tables as text, Markdown, LaTeX, JSON and HTML."""
+    from unispect.benchmark import compared, read_grid, run
+    from unispect.published.tables import published
+    from unispect.report.summary import write_summary
+
+    tables = [published(name) for name in compare or ()]
+    chosen = read_grid(grid, dict(_root(text) for text in data or ()), None if seeds is None else _seeds(seeds))
+    with _Bars() as bars:
+        results = run(chosen, out, jobs, bars.stage("cells"))
+    comparisons = [compared(table, results) for table in tables]
+    page = write_summary(results, out, chosen.title, comparisons)
+    if as_json:
+        _print_json(json.loads((out / "table.json").read_text("utf-8")))
+    else:
+        print((out / "table.txt").read_text("utf-8").rstrip())
+        print("".join(f"\n{one.text()}\n" for one in comparisons), end="")
+    _say(f"Report: {page}")
+    broken = [result for result in results if result["status"] != "done"]
+    if broken:
+        raise UnispectError(f"{len(broken)} of {len(results)} cells failed; the first: {broken[0]['error']}")
+
+
+def _root(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise typer.BadParameter(f"--data {text}: expected NAME=FOLDER")
+    return name, Path(folder)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--seeds {text}: expected whole numbers with commas between them") from None
+
+
 # datasets, manifest
 
 

@@ -25,6 +25,13 @@ def test_a_tie_with_a_good_image_is_not_found() -> None:
     assert detection_at(np.array([1.0, 1.0]), np.array([0, 1]), 0.0) == 0.0
 
 
+@pytest.mark.parametrize("alarms", range(1, 100))
+def test_a_share_of_the_good_is_compared_as_the_quotient_it_is(alarms: int) -> None:
+    scores = np.append(np.arange(100.0), 100.0 - alarms - 0.5)  # exactly `alarms` of 100 are above
+    assert detection_at(scores, np.append(np.zeros(100), 1), alarms / 100) == 1.0
+    assert detection_at(scores, np.append(np.zeros(100), 1), (alarms - 0.5) / 100) == 0.0
+
+
 def test_edges() -> None:
     assert math.isnan(detection_at(np.array([1.0]), np.array([1])))
     assert detection_at(np.array([0.0, 1.0]), np.array([0, 1])) == 1.0

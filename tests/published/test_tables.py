@@ -64,7 +64,8 @@ def test_printed_means_are_the_means_of_the_classes(name: str) -> None:
         mean = [entry.value for entry in entries if entry.product == "mean"]
         if classes and mean:
             assert len(classes) == len(DATASETS[dataset].counts)
-            wrong = abs(float(np.mean(classes)) - mean[0]) > 0.055
+            digits = 2 if name.startswith("cflow") and method == "CFLOW-AD" else 1
+            wrong = abs(float(np.mean(classes)) - mean[0]) > 0.9 * 10**-digits  # some means are cut off, not rounded
             assert wrong is ((name, method, metric) in MISPRINTED), (method, metric)
     assert not any(name == misprinted[0] for misprinted in MISPRINTED) or table.misprints
 
@@ -86,6 +87,27 @@ def test_tables_agree_where_they_report_the_same_run() -> None:
     assert np.mean(localisation) == pytest.approx(value("opca-table-2", method="OPCA-MVG", metric="pixel_auroc"), abs=0.2)
     images = {e.product: e.value for e in published("opca-table-3").entries if e.metric == "test_images"}
     assert images == {product: good + bad for product, (_, good, bad) in DATASETS["mvtec"].counts.items()}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sizes"),
+    [
+        ("resnet18", ("resnet18, 8 couplings, 3 pools, 256 px", "resnet18, 8 couplings, 3 pools, 512 px")),
+        ("wide_resnet50_2", ("wrn50, 8 couplings, 3 pools, 256 px", "wrn50, 8 couplings, 3 pools, 512 px")),
+    ],
+)
+def test_the_best_input_size_of_one_table_is_the_number_of_the_next(encoder: str, sizes: tuple[str, ...]) -> None:
+    """But for the transistor, which the paper takes at 128 px: two tables that were transcribed apart agree cell by cell."""
+    ablation = defaultdict(list)
+    for entry in published("cflow-table-2").entries:
+        if entry.setting in sizes and entry.product not in ("mean", "transistor"):
+            ablation[entry.product].append(entry.value)
+    wanted = ("CFLOW-AD", f"one-for-one, {encoder}", "mvtec", "pixel_auroc")
+    detailed = {entry.product: entry.value for entry in rows(published("cflow-table-3"))[wanted]}
+    assert len(ablation) == 14
+    assert {product: max(values) for product, values in ablation.items()} == {
+        product: detailed[product] for product in ablation
+    }
 
 
 def test_an_unknown_table_is_told() -> None:
@@ -142,6 +164,28 @@ def test_what_was_not_measured_is_told() -> None:
     found = compare(published("hgad-table-2"), [Measured("hgad", "btad", "mean", {"image_auroc": 0.9}, PROTOCOL)])
     assert found.unmatched == ("mvtec3d", "visa", "union")
     assert "Nothing was measured on visa." in found.text()
+
+
+def test_a_data_set_that_was_measured_is_not_said_to_be_missing() -> None:
+    measured = [Measured("revdist", "mvtec", "pooled", {"image_auroc": 0.9}, PROTOCOL)]
+    found = compare(published("cada-table-1"), measured)
+    assert found.unmatched == ("mvtec with each class by itself",)
+    assert "Nothing was measured on mvtec." not in found.text()
+
+
+def test_costs_are_not_a_data_set() -> None:
+    measured = [Measured("cflow", "mvtec", "mean", {"image_auroc": 0.9}, PROTOCOL)]
+    assert compare(published("cflow-table-6"), measured).unmatched == ()
+
+
+def test_numbers_that_found_no_partner_are_told() -> None:
+    measured = [Measured("opca", "mvtec", "mean", {"pixel_auroc": 0.9}, PROTOCOL)]
+    assert compare(published("opca-table-3"), measured).unmatched == ("mvtec",)
+
+
+def test_the_aupro_routine_matters_only_to_tables_with_aupro() -> None:
+    measured = [Measured("cflow", "mvtec", "mean", {"pixel_auroc": 0.9}, PROTOCOL)]
+    assert not any("AUPRO" in text for text in compare(published("cflow-table-2"), measured).differences)
 
 
 def test_the_label_given_is_a_way_of_its_own() -> None:

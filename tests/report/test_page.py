@@ -11,7 +11,7 @@ from PIL import Image
 
 from unispect.data.loader import Failure, Preparation
 from unispect.data.records import Record
-from unispect.evaluation import Case, Cases, Evaluation
+from unispect.evaluation import Case, Cases, Comparison, Evaluation
 from unispect.metrics.calibration import calibrated
 from unispect.metrics.protocol import rates, table
 from unispect.report.page import write_findings_report, write_report
@@ -132,7 +132,32 @@ def test_report_says_what_was_found(tmp_path: Path) -> None:
     for words in ("Line 4", "Missed defects", "False alarms", "Right decisions", "unispect evaluate m d", "nut · hole"):
         assert words in page.text
     assert page.tags["img"] == 2 * (1 + 1 + 2 + 3)
-    assert page.tags["svg"] == 2
+    assert page.tags["svg"] == 3  # scores, ROC, calibration
+
+
+def test_protocols_of_the_papers_are_marked_and_explained(tmp_path: Path) -> None:
+    result = evaluation(tmp_path, [0.1, 0.2, 0.3, 1.2], [0.5, 2.0, 3.0])
+    assert "Protocols of the papers" not in read(write_report(result, tmp_path / "r.html", "t", {})).text
+    told = replace(result, comparisons=(Comparison("label given", "the product is told", result.table),))
+    page = read(write_report(told, tmp_path / "r.html", "t", {}))
+    assert "Protocols of the papers" in page.text
+    assert "not deployable" in page.text
+    assert "label given: the product is told" in page.text
+
+
+def test_warnings_stand_on_top(tmp_path: Path) -> None:
+    result = replace(evaluation(tmp_path, [0.1], [2.0]), warnings=("1 image looks the same",))
+    text = read(write_report(result, tmp_path / "r.html", "t", {})).text
+    assert 0 < text.index("1 image looks the same") < text.index("Results")
+
+
+def test_alignment_and_overlap_are_drawn_where_they_are_known(tmp_path: Path) -> None:
+    result = evaluation(tmp_path, [0.1, 0.2], [2.0, 3.0])
+    curve = (np.linspace(0, 0.3, 50), np.linspace(0, 0.9, 50))
+    page = read(write_report(replace(result, unaligned=10 * result.scores, pro=curve), tmp_path / "r.html", "t", {}))
+    assert page.tags["svg"] == 3 + 2 + 1  # before and after alignment, overlap
+    assert "Before alignment" in page.text
+    assert "After alignment" in page.text
 
 
 def test_report_is_self_contained(tmp_path: Path) -> None:
@@ -179,7 +204,7 @@ def test_nothing_went_wrong_is_said_so(tmp_path: Path) -> None:
 def test_one_class_only(tmp_path: Path, good: list[float], defective: list[float]) -> None:
     page = read(write_report(evaluation(tmp_path, good, defective), tmp_path / "r.html", "t", {}))
     assert "nan" not in page.text.lower().split()
-    assert page.tags["svg"] == 1
+    assert page.tags["svg"] == (2 if good else 1)  # scores; calibration only with good images
 
 
 def test_many_cases_are_folded_away(tmp_path: Path) -> None:

@@ -64,3 +64,34 @@ def test_roc_goes_from_corner_to_corner() -> None:
 
 def test_no_roc_of_one_class() -> None:
     assert plots.roc_curve(np.zeros(3), np.zeros(3), 0.0) is None
+
+
+def test_ridges_show_every_product_in_its_row() -> None:
+    random = np.random.default_rng(0)
+    rows = [(f"product <{number}>", random.normal(size=30), random.normal(2, 1, 10)) for number in range(4)]
+    tree = ElementTree.fromstring(plots.ridges("told", rows, 1.0))
+    assert [text.text for text in tree.iter("text") if text.get("class") == "name"] == [name for name, *_ in rows]
+    assert sum(line.get("class") == "threshold" for line in tree.iter("line")) == 1
+    assert ElementTree.fromstring(plots.ridges("told", rows, None)).find("title") is not None
+    empty = [("one class", np.zeros(3), np.empty(0))]
+    assert ElementTree.fromstring(plots.ridges("told", empty, None)) is not None
+
+
+def test_curves_stay_in_their_square() -> None:
+    drawings = [
+        plots.pro_curve(np.linspace(0, 0.3, 20), np.linspace(0, 1, 20)),
+        plots.calibration_curve([(0.01, 0.05), (0.2, 0.4), (0.05, 0.0)], 0.01, 0.03),
+    ]
+    for drawing in drawings:
+        tree = ElementTree.fromstring(drawing)
+        points = [pair for line in tree.iter("polyline") for pair in str(line.get("points")).split()]
+        assert points
+        for pair in points:
+            x, y = map(float, pair.split(","))
+            assert plots.PAD <= x <= plots.PAD + plots.SIDE
+            assert 10 <= y <= 10 + plots.SIDE
+
+
+def test_a_dot_for_each_value() -> None:
+    tree = ElementTree.fromstring(plots.dots("told", [("a", [0.9, 0.95]), ("b", [0.2])], 0.5))
+    assert len(list(tree.iter("circle"))) == 3

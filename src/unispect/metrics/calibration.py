@@ -10,7 +10,6 @@ import numpy as np
 from unispect.metrics.protocol import interval
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # promises that the curve looks at
-SLACK = 1e-12  # p-values are quotients
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,8 @@ class Calibrated:
 def calibrated(p_values: np.ndarray, promised: float, smallest: float) -> Calibrated:
     """From the p-values (N,) of normal test images: at a rate, those with p <= rate are the alarms.
 
+    No tolerance is added: the rule compares the same doubles (see `decide.conformal`).
+
     promised   the false-alarm rate of the model
     smallest   the lowest rate that its calibration images support; lower ones are left out
     """
@@ -77,14 +78,14 @@ def calibrated(p_values: np.ndarray, promised: float, smallest: float) -> Calibr
         return Calibrated(promised, 0, None, 0.0, 1.0, (), None, None)
 
     def share(rate: float) -> float:
-        return float(np.searchsorted(p, rate + SLACK, side="right")) / len(p)
+        return float(np.searchsorted(p, rate, side="right")) / len(p)
 
     realised = share(promised)
     low, high = interval(round(realised * len(p)), len(p))
-    curve = tuple((rate, share(rate)) for rate in RATES if rate >= smallest - SLACK)
-    rates = np.unique(p[p >= smallest - SLACK])
-    gaps = np.searchsorted(p, rates + SLACK, side="right") / len(p) - rates
-    worst = int(np.argmax(gaps)) if len(gaps) else 0
-    if not len(gaps) or gaps[worst] <= 0:
+    curve = tuple((rate, share(rate)) for rate in RATES if rate >= smallest)
+    rates = np.unique(np.append(p[p > smallest], smallest))  # between them only the promise grows
+    gaps = np.searchsorted(p, rates, side="right") / len(p) - rates
+    worst = int(np.argmax(gaps))
+    if gaps[worst] <= 0:
         return Calibrated(promised, len(p), realised, low, high, curve, 0.0, None)
     return Calibrated(promised, len(p), realised, low, high, curve, float(gaps[worst]), float(rates[worst]))

@@ -105,7 +105,7 @@ def detection_at(scores: Arrays, labels: Arrays, rate: float = 0.01) -> float:
     counts = curve(scores, labels)
     if not counts.measurable:
         return float("nan")
-    tolerable = counts.false <= rate * counts.negatives
+    tolerable = counts.false / counts.negatives <= rate  # as a quotient: 29 of 100 are 0.29, but 0.29 * 100 < 29
     return float(np.max(counts.true[tolerable], initial=0)) / counts.positives
 
 

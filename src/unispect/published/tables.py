@@ -133,6 +133,7 @@ class Comparison:
             *(f"Differs: {text}." for text in self.differences),
             *(f"Nothing was measured on {text}." for text in self.unmatched),
             *(f"Note: {text}" for text in self.table.notes),
+            *(f"Misprint: {text}" for text in self.table.misprints),
         ]
 
     def text(self) -> str:
@@ -156,6 +157,7 @@ class Comparison:
                     "setting": line.setting,
                     "published": line.published,
                     "measured": line.measured,
+                    "difference": line.difference,
                     "how": line.how,
                 }
                 for line in self.lines
@@ -179,7 +181,8 @@ def published(name: str) -> Published:
     if name not in tables():
         raise ConfigError(unknown_name("published table", name, tables()))
     content = tomllib.loads(resources.files("unispect.published").joinpath(f"{name}.toml").read_text("utf-8"))
-    kept: dict[str, Any] = {key: content[key] for key in ("id", "table", "title", "authors", "year", "link", "caption", "protocol")}
+    plain = ("id", "table", "title", "authors", "year", "link", "caption", "protocol")
+    kept: dict[str, Any] = {key: content[key] for key in plain}
     lists: dict[str, Any] = {key: tuple(content[key]) for key in ("metrics", "notes", "misprints")}
     return Published(**kept, **lists, entries=tuple(_entries(content)))
 
@@ -197,16 +200,25 @@ def _entries(content: Mapping[str, Any]) -> Iterator[Entry]:
 def compare(table: Published, measured: Sequence[Measured]) -> Comparison:
     """Each published number beside those measured on the same data set, product and metric.
 
-    Of several published methods the one that was measured is taken, and where it is not among them, the best.
+    Of several published methods the one that was measured is taken, and where it is not among them, the best; of its
+    settings, the best. The line names both.
     """
     places = {(entry.dataset, entry.product, entry.metric): entry for entry in table.entries}
     lines = [line for place in places for one in measured for line in _lines(table, place, one)]
     ways = {_how(one): one for one in measured if any(one.dataset == place[0] for place in places)}
-    differences = [f"{how}: {text}" for how, one in ways.items() for text in _differences(table.protocol, one.protocol)]
-    known = {(one.dataset, "pooled" if one.product == "pooled" else "other") for one in measured}
-    kinds = dict.fromkeys((entry.dataset, "pooled" if entry.product == "pooled" else "other") for entry in table.entries)
-    missing = dict.fromkeys(dataset for dataset, kind in kinds if (dataset, kind) not in known)
-    return Comparison(table, tuple(lines), tuple(differences), tuple(missing))
+    theirs = {key: value for key, value in table.protocol.items() if key != "aupro" or "aupro" in table.metrics}
+    differences = [f"{how}: {text}" for how, one in ways.items() for text in _differences(theirs, one.protocol)]
+    return Comparison(table, tuple(lines), tuple(differences), tuple(_unmatched(table, lines)))
+
+
+def _unmatched(table: Published, lines: Sequence[Line]) -> Iterator[str]:
+    """What has no line: a data set, or where it has others, its kind of number. Costs are of no data set."""
+    found = {(line.dataset, line.product == "pooled") for line in lines}
+    kinds = dict.fromkeys((entry.dataset, entry.product == "pooled") for entry in table.entries if entry.dataset != "none")
+    for dataset, pooled in kinds:
+        if (dataset, pooled) not in found:
+            partly = (dataset, not pooled) in found
+            yield f"{dataset} with {'all classes pooled' if pooled else 'each class by itself'}" if partly else dataset
 
 
 def _lines(table: Published, place: tuple[str, str, str], one: Measured) -> Iterator[Line]:
@@ -214,9 +226,14 @@ def _lines(table: Published, place: tuple[str, str, str], one: Measured) -> Iter
     if (one.dataset, one.product) != (dataset, product) or metric not in one.values:
         return
     entries = [entry for entry in table.entries if (entry.dataset, entry.product, entry.metric) == place]
-    own = [entry for entry in entries if entry.method.lower() == one.method.lower()]
+    own = [entry for entry in entries if _same(entry.method, one.method)]
     best = max(own or entries, key=lambda entry: entry.value)
     yield Line(*place, best.method, best.setting, best.value, 100 * one.values[metric], _how(one))
+
+
+def _same(printed: str, name: str) -> bool:
+    """Whether a printed method is the one of this name: "CFLOW-AD" is cflow, "RevDist + CADA" is not revdist."""
+    return printed.lower() in (name.lower(), f"{name.lower()}-ad", f"{name.lower()}-mvg")
 
 
 def _how(one: Measured) -> str:

@@ -89,11 +89,14 @@ class Page:
     title: str
     lead: str
     sentences: tuple[str, ...]
+    warnings: tuple[str, ...]
     tiles: tuple[tuple[str, str], ...]
     sheet: Sheet
     notes: tuple[str, ...]
+    comparison: Sheet | None
     plots: tuple[Plot, ...]
-    roc: Markup | None
+    curves: tuple[tuple[Markup, str], ...]
+    alignment: tuple[tuple[str, Markup], ...]
     groups: tuple[Group, ...]
     failures: tuple[tuple[str, str], ...]
     facts: dict[str, str]
@@ -110,11 +113,14 @@ def write_report(evaluation: Evaluation, path: Path | str, title: str, facts: di
         title=title,
         lead=lead,
         sentences=(*sentences, *_ranking_sentence(evaluation)),
+        warnings=evaluation.warnings,
         tiles=_tiles(evaluation),
         sheet=_results(evaluation),
         notes=evaluation.notes,
+        comparison=_comparison(evaluation),
         plots=_histograms(evaluation),
-        roc=plots.roc_curve(evaluation.scores, evaluation.labels, evaluation.threshold),
+        curves=tuple(_curves(evaluation)),
+        alignment=tuple(_alignment(evaluation)),
         groups=tuple(_case_groups(evaluation)),
         failures=_failed(evaluation.failures),
         facts=facts,
@@ -142,11 +148,14 @@ def write_findings_report(
         title=title,
         lead=lead,
         sentences=tuple(sentences),
+        warnings=(),
         tiles=(),
         sheet=_findings_sheet(ranked),
         notes=_shortened(ranked),
+        comparison=None,
         plots=(),
-        roc=None,
+        curves=(),
+        alignment=(),
         groups=tuple(_finding_groups(ranked, preparation)),
         failures=_failed(failures),
         facts=facts,
@@ -224,6 +233,52 @@ def _results(evaluation: Evaluation) -> Sheet:
         summary=tuple(neat[:3]),
         rows=tuple(neat[3:]),
     )
+
+
+def _comparison(evaluation: Evaluation) -> Sheet | None:
+    """The papers' own protocols beside ours; None where there are none."""
+    if not evaluation.comparisons:
+        return None
+    kinds = [("ours, no label, one threshold", "deployable", evaluation.table)]
+    kinds += [(one.name, "not deployable", one.table) for one in evaluation.comparisons]
+    values = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
+    rows = [
+        (name, use, *(_figure(getattr(row, metric)) for row in (table.pooled, table.mean) for metric in values))
+        for name, use, table in kinds
+    ]
+    head = ("Protocol", "Use", *("AUROC", "AP", "Pixel AUROC", "Pixel AP", "AUPRO") * 2)
+    told = "; ".join(f"{one.name}: {one.why}" for one in evaluation.comparisons)
+    caption = f"What the protocols of the papers would show of the same model. Not deployable: {told}."
+    return Sheet(caption, 2, (("", 2), ("Pooled", 5), ("Mean over products", 5)), head, (rows[0],), tuple(rows[1:]))
+
+
+def _curves(evaluation: Evaluation) -> Iterator[tuple[Markup, str]]:
+    """ROC, per-region overlap and calibration, as far as they can be measured."""
+    roc = plots.roc_curve(evaluation.scores, evaluation.labels, evaluation.threshold)
+    if roc is not None:
+        yield roc, "All images pooled; the dot is the threshold."
+    if evaluation.pro is not None:
+        yield plots.pro_curve(*evaluation.pro), "Defect regions of all products, up to the limit of AUPRO."
+    found = evaluation.calibration
+    if found.realised is not None and found.curve:
+        drawn = plots.calibration_curve(found.curve, found.promised, found.realised)
+        yield drawn, "False alarms promised and realised; above the diagonal is too many. The dot is this model's promise."
+
+
+def _alignment(evaluation: Evaluation) -> Iterator[tuple[str, Markup]]:
+    """Scores per product before and after they were brought to one scale, as CADA's Figure 5 shows them."""
+    if evaluation.unaligned is None:
+        return
+    names, labels = np.array(evaluation.products), evaluation.labels
+    for title, scores, threshold in (
+        ("Before alignment", evaluation.unaligned, None),
+        ("After alignment", evaluation.scores, evaluation.threshold),
+    ):
+        rows = [
+            (name, scores[(names == name) & (labels == 0)], scores[(names == name) & (labels == 1)])
+            for name in evaluation.table.products
+        ]
+        yield title, plots.ridges(f"{title}: scores of {len(rows)} products on one axis", rows, threshold)
 
 
 def _histograms(evaluation: Evaluation) -> tuple[Plot, ...]:

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: score histograms that share one axis and one threshold, and the ROC curve.
+"""Plots as inline SVG: score histograms that share one axis and one threshold, curves, and rows of dots.
 
 Colours are CSS variables of the page (--good, --bad, --line) and currentColor, so that light and dark both work. Good
 is drawn above the axis and defective below it: the two are told apart without colour, too.
@@ -6,6 +6,7 @@ is drawn above the axis and defective below it: the two are told apart without c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ WIDTH, HEIGHT = 340, 150  # of a histogram, SVG units
 LEFT, RIGHT, TOP, BOTTOM = 10, 330, 18, 124  # the plotting area within
 BINS = 48
 ROC_SIDE = 300
+PAD, SIDE = 34, ROC_SIDE - 50  # of a square plot
+ROW = 30  # height of a product in `ridges`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +66,112 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray, threshold: float) -> Marku
     x, y = ranking.roc(scores, labels)
     if not len(x):
         return None
-    label, side, pad = np.asarray(labels, dtype=bool), ROC_SIDE - 44, 34
-    points = " ".join(f"{pad + side * a:.1f},{10 + side * (1 - b):.1f}" for a, b in zip(x, y, strict=True))
+    label = np.asarray(labels, dtype=bool)
     alarms, found = float(np.mean(scores[~label] > threshold)), float(np.mean(scores[label] > threshold))
-    body = Markup(
-        '<rect x="{pad}" y="10" width="{side}" height="{side}" class="frame"/>'
-        '<line x1="{pad}" y1="{end}" x2="{far}" y2="10" class="guide"/>'
-        '<polyline points="{points}" class="curve"/>'
-        '<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" class="point"/>'
-        '<text x="{middle}" y="{under}" text-anchor="middle">false alarms</text>'
-        '<text x="{pad}" y="{under}" text-anchor="middle">0</text>'
-        '<text x="{far}" y="{under}" text-anchor="middle">1</text>'
-        '<text x="22" y="{half}" text-anchor="middle" transform="rotate(-90 22 {half})">detected</text>'
-        '<text x="26" y="18" text-anchor="end">1</text>'
-    ).format(
-        pad=pad,
-        side=side,
-        end=10 + side,
-        far=pad + side,
-        points=points,
-        cx=pad + side * alarms,
-        cy=10 + side * (1 - found),
-        middle=pad + side / 2,
-        half=10 + side / 2,
-        under=26 + side,
-    )
     told = f"ROC curve of all images; at the threshold {alarms:.1%} false alarms and {found:.1%} detected."
-    return _svg(ROC_SIDE, ROC_SIDE - 8, told, body)
+    return _square(told, "false alarms", "detected", 1.0, 1.0, _line(x, y) + _dot(alarms, found) + _diagonal())
+
+
+def pro_curve(x: np.ndarray, y: np.ndarray) -> Markup:
+    """Per-region overlap (k,) against the false positive rate (k,) of pixels, up to the last rate."""
+    limit = float(x[-1])
+    told = f"Per-region overlap: {float(y[-1]):.1%} of the average defect found at {limit:.0%} false positive pixels."
+    return _square(told, "false positive pixels", "overlap", limit, 1.0, _line(x / limit, y))
+
+
+def calibration_curve(points: Sequence[tuple[float, float]], promised: float, realised: float) -> Markup:
+    """Realised against promised false-alarm rates; the dot is the model's own promise. Above the diagonal is too many."""
+    most = max(promised, realised, *(value for point in points for value in point))
+    steps = sorted(points)
+    x, y = (np.array([point[axis] for point in steps]) / most for axis in (0, 1))
+    told = f"Promised {promised:.1%}, realised {realised:.1%}; " + ", ".join(f"{a:.1%}: {b:.1%}" for a, b in steps)
+    body = _diagonal() + _line(x, y) + _dot(promised / most, realised / most)
+    return _square(told, "promised false alarms", "realised", most, most, body)
+
+
+def ridges(told: str, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], threshold: float | None) -> Markup:
+    """Scores of several products on one axis, a row each: good images upwards, defective ones downwards.
+
+    rows   name, scores of good images, scores of defective ones
+    """
+    every = np.concatenate([part for _, good, defective in rows for part in (good, defective)])
+    low, high = (float(edge) for edge in np.quantile(every, [0.0, 0.98]))
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, threshold)
+    high = high if high > low else low + 1.0
+    edges, height = np.linspace(low, high, BINS + 1), TOP + ROW * len(rows) + 18
+    body = Markup("")
+    for number, (name, good, defective) in enumerate(rows):
+        middle = TOP + ROW * number + ROW * 0.6
+        up, down = (np.histogram(np.clip(part, low, high), edges)[0] for part in (good, defective))
+        body += _bars(up, middle, -ROW * 0.55 / max(1, int(up.max())), "good")
+        body += _bars(down, middle, ROW * 0.35 / max(1, int(down.max())), "bad")
+        body += Markup('<line x1="{}" y1="{y:.1f}" x2="{}" y2="{y:.1f}" class="base"/>').format(LEFT, RIGHT, y=middle)
+        body += Markup('<text x="{}" y="{:.1f}" text-anchor="end" class="name">{}</text>').format(
+            RIGHT, middle - 3, name if len(name) < 26 else name[:24] + "…"
+        )
+    if threshold is not None:
+        x = LEFT + (threshold - low) / (high - low) * (RIGHT - LEFT)
+        body += Markup('<line x1="{x:.1f}" y1="{}" x2="{x:.1f}" y2="{}" class="threshold"/>').format(TOP, height - 18, x=x)
+    body += Markup('<text x="{}" y="{}">{:.3g}</text><text x="{}" y="{}" text-anchor="end">{:.3g} and more</text>').format(
+        LEFT, height - 4, low, RIGHT, height - 4, high
+    )
+    return _svg(WIDTH, height, told, body)
+
+
+def dots(told: str, rows: Sequence[tuple[str, Sequence[float]]], low: float) -> Markup:
+    """Values of 0..1 as dots, a row each, from `low` to 1; the bar ends at their mean."""
+    height, left = TOP + 20 * len(rows) + 18, 120
+    body = Markup("")
+    for number, (name, values) in enumerate(rows):
+        y = TOP + 20 * number + 10
+        at = [left + (max(value, low) - low) / (1 - low) * (RIGHT - left) for value in values]
+        body += Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 8, y + 4, name[:18])
+        body += Markup('<line x1="{}" y1="{y}" x2="{}" y2="{y}" class="frame"/>').format(left, RIGHT, y=y)
+        body += Markup("").join(Markup('<circle cx="{:.1f}" cy="{}" r="4" class="good"/>').format(x, y) for x in at)
+    body += Markup('<text x="{}" y="{y}">{:.2f}</text><text x="{}" y="{y}" text-anchor="end">1</text>').format(
+        left, low, RIGHT, y=height - 4
+    )
+    return _svg(WIDTH, height, told, body)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> Markup:
+    """A curve within the unit square."""
+    points = " ".join(f"{PAD + SIDE * a:.1f},{10 + SIDE * (1 - b):.1f}" for a, b in zip(x, y, strict=True))
+    return Markup('<polyline points="{}" class="curve"/>').format(points)
+
+
+def _dot(x: float, y: float) -> Markup:
+    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5" class="point"/>').format(PAD + SIDE * x, 10 + SIDE * (1 - y))
+
+
+def _diagonal() -> Markup:
+    return Markup('<line x1="{}" y1="{}" x2="{}" y2="10" class="guide"/>').format(PAD, 10 + SIDE, PAD + SIDE)
+
+
+def _square(told: str, across: str, up: str, right: float, top: float, body: Markup) -> Markup:
+    """A square frame with its two axes, which start at 0."""
+    frame = Markup(
+        '<rect x="{pad}" y="10" width="{side}" height="{side}" class="frame"/>'
+        '<text x="{middle}" y="{under}" text-anchor="middle">{across}</text>'
+        '<text x="{pad}" y="{under}" text-anchor="middle">0</text>'
+        '<text x="{far}" y="{under}" text-anchor="middle">{right:.2g}</text>'
+        '<text x="22" y="{half}" text-anchor="middle" transform="rotate(-90 22 {half})">{up}</text>'
+        '<text x="{beside}" y="18" text-anchor="end">{top:.2g}</text>'
+    ).format(
+        pad=PAD,
+        side=SIDE,
+        far=PAD + SIDE,
+        middle=PAD + SIDE / 2,
+        half=10 + SIDE / 2,
+        under=26 + SIDE,
+        beside=PAD - 4,
+        across=across,
+        up=up,
+        right=right,
+        top=top,
+    )
+    return _svg(ROC_SIDE, ROC_SIDE - 8, told, frame + body)
 
 
 def _bars(counts: np.ndarray, base: float, unit: float, kind: str) -> Markup:
