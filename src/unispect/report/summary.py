@@ -44,7 +44,8 @@ def _cost(name: str) -> Reader:
 
 
 # Name, how it is read, whether it is a share
-COLUMNS: tuple[tuple[str, Reader, bool], ...] = (
+Column = tuple[str, Reader, bool]
+RESULTS: tuple[Column, ...] = (
     ("image AUROC, mean", _of("mean", "image_auroc"), True),
     ("pooled", _of("pooled", "image_auroc"), True),
     ("worst product", _of("worst", "image_auroc"), True),
@@ -54,14 +55,21 @@ COLUMNS: tuple[tuple[str, Reader, bool], ...] = (
     ("false alarms promised", _of("false_alarm_rate", "promised"), True),
     ("realised", _of("false_alarm_rate", "realised"), True),
     ("found", _of("detection_rate"), True),
+)
+NOT_DEPLOYABLE: tuple[Column, ...] = (
     (f"image AUROC, label given, mean{MARK}", _of("comparisons", "label given", "mean", "image_auroc"), True),
+    (f"pooled{MARK}", _of("comparisons", "label given", "pooled", "image_auroc"), True),
     (f"test-normalised, pooled{MARK}", _of("comparisons", "test-normalised", "pooled", "image_auroc"), True),
     (f"both, pooled{MARK}", _of("comparisons", "both", "pooled", "image_auroc"), True),
+)
+COSTS: tuple[Column, ...] = (
     ("fit, s", _cost("fit_s"), False),
     ("evaluate, s", _cost("evaluate_s"), False),
     ("peak, GiB", _cost("peak_gib"), False),
     ("model, MiB", _cost("model_mib"), False),
 )
+COLUMNS = (*RESULTS, *NOT_DEPLOYABLE, *COSTS)
+Sheet = tuple[str, list[str], list[list[str]]]  # heading, head, rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +110,23 @@ def write_summary(results: Sequence[Result], folder: Path, title: str, compariso
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = summaries(results)
-    head, rows = _table(found)
+    sheets = _sheets(found)
     product_head, product_rows = _product_table(found)
     broken = [(_name(result), str(result["error"])) for result in results if result["status"] != "done"]
     told = [FOOTNOTE, *_environment(results), *(f"{name} failed: {error}" for name, error in broken)]
-    text = [title, "", tables.text(head, rows, 3), "", tables.text(product_head, product_rows), "", *told, ""]
-    page = [f"# {title}", "", tables.markdown(head, rows, 3), "", "Image AUROC of each product:", ""]
+    text, page, latex = [title, ""], [f"# {title}", ""], []
+    for heading, head, rows in sheets:
+        text += [heading, tables.text(head, rows, 3), ""]
+        page += [f"{heading}:", "", tables.markdown(head, rows, 3), ""]
+        latex += [f"% {heading}", tables.latex(head, rows, 3), ""]
+    text += ["Image AUROC of each product", tables.text(product_head, product_rows), "", *told, ""]
+    page += ["Image AUROC of each product:", ""]
     page += [tables.markdown(product_head, product_rows), "", *(f"{line}  " for line in told), ""]
     for one in comparisons:
         page += [tables.markdown(one.head(), one.cells(), 8), "", *(f"{line}  " for line in one.sentences()), ""]
     (folder / "table.txt").write_text("\n".join(text), encoding="utf-8")
     (folder / "table.md").write_text("\n".join(page), encoding="utf-8")
-    (folder / "table.tex").write_text(tables.latex(head, rows, 3) + "\n", encoding="utf-8")
+    (folder / "table.tex").write_text("\n".join(latex), encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(_plain(results, found, comparisons), indent=1) + "\n", encoding="utf-8")
     return _write_page(folder / "index.html", results, found, title, told, comparisons)
 
@@ -135,17 +148,22 @@ def _products(group: Sequence[Result]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values) for name, values in sorted(found.items())}
 
 
-def _table(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    head = ["data", "method", "backbone", "seeds", *(name for name, _, _ in COLUMNS)]
-    rows = [
-        [
-            *one.key,
-            str(len(one.seeds)),
-            *(_cell(value, share) for value, (_, _, share) in zip(one.values, COLUMNS, strict=True)),
+def _sheets(found: Sequence[Summary]) -> list[Sheet]:
+    """The summary in three tables: what counts, what no line could have, what it costs."""
+    sheets, start = [], 0
+    for heading, columns in (
+        ("Results", RESULTS),
+        ("Not deployable: protocols of the papers", NOT_DEPLOYABLE),
+        ("Costs", COSTS),
+    ):
+        head = ["data", "method", "backbone", "seeds", *(name for name, _, _ in columns)]
+        rows = [
+            [*one.key, str(len(one.seeds)), *map(_cell, one.values[start : start + len(columns)], (c[2] for c in columns))]
+            for one in found
         ]
-        for one in found
-    ]
-    return head, rows
+        sheets.append((heading, head, rows))
+        start += len(columns)
+    return sheets
 
 
 def _product_table(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
@@ -207,15 +225,13 @@ def _write_page(
     style = resources.files("unispect.report").joinpath("page.html").read_text(encoding="utf-8")
     css = style[style.index("<style>") + 7 : style.index("</style>")].replace("{{ page.legend | safe }}", "none")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    head, rows = _table(found)
     product_head, product_rows = _product_table(found)
     links = [(_name(result), result["report"], result["scores"]) for result in results if result.get("report")]
     text = environment.from_string(source).render(
         title=title,
         style=Markup(css),
         lead=_lead(results, found),
-        head=head,
-        rows=rows,
+        sheets=_sheets(found),
         product_head=product_head,
         product_rows=product_rows,
         drawings=tuple(_drawings(found)),
@@ -229,9 +245,9 @@ def _write_page(
 
 def _lead(results: Sequence[Result], found: Sequence[Summary]) -> str:
     done = sum(result["status"] == "done" for result in results)
-    cells = "1 cell" if len(results) == 1 else f"{len(results)} cells"
     failed = f", {len(results) - done} failed" if done < len(results) else ""
-    return f"{cells} measured{failed}: {len(found)} of method x data x backbone, each over its seeds."
+    rows = "1 row" if len(found) == 1 else f"{len(found)} rows"
+    return f"{done} of {len(results)} cells measured{failed}: {rows} of method, data and backbone, each over its seeds."
 
 
 def _drawings(found: Sequence[Summary]) -> Iterator[tuple[str, Markup]]:
