@@ -29,25 +29,33 @@ def test_exact_is_the_limit_of_the_official_one() -> None:
     assert gaps[1] < 1e-4 < gaps[0]
 
 
-def naive(maps: np.ndarray, masks: np.ndarray, steps: int, filled: bool, inclusive: bool) -> float:
-    """Threshold by threshold, region by region, pixel by pixel."""
+def with_holes(area: np.ndarray) -> np.ndarray:
+    """The region and the background that no walk over edges and corners can reach from outside."""
+    background, _ = ndimage.label(~np.pad(area, 1), EIGHT)
+    return (background != background[0, 0])[1:-1, 1:-1]
+
+
+def naive(maps: np.ndarray, masks: np.ndarray, variant: str) -> float:
+    """Threshold by threshold, region by region."""
     low, high = float(maps.min()), float(maps.max())
+    cflow = variant == "cflow"
+    thresholds = [high - k * (high - low) / 1000 for k in range(1000)] if cflow else np.arange(low, high, (high - low) / 200)
+    areas = []
+    for number, mask in enumerate(masks):
+        numbered, count = ndimage.label(mask, EIGHT)
+        for area in (numbered == part for part in range(1, count + 1)):
+            areas.append((number, with_holes(area) if cflow else area, int(area.sum())))
     x, y = [], []
-    for step in range(steps + 1):
-        above = maps.astype(float) > high - (high - low) * step / steps
-        shares = []
-        for one, mask in zip(above, masks, strict=True):
-            numbered, count = ndimage.label(mask, EIGHT)
-            for number in range(1, count + 1):
-                area = numbered == number
-                counted = ndimage.binary_fill_holes(area) if filled else area
-                shares.append(int((one & counted).sum()) / int(area.sum()))
+    for threshold in thresholds:
+        above = maps > threshold
+        shares = [int((above[number] & counted).sum()) / size for number, counted, size in areas]
         rate = float((above & ~masks).sum() / (~masks).sum())
-        if rate < 0.3 or (inclusive and rate == 0.3):
+        if rate < 0.3 or (cflow and rate == 0.3):
             x.append(rate)
             y.append(float(np.mean(shares)))
     grid = np.array(x)
-    return float(auc((grid - grid.min()) / (grid.max() - grid.min()), y)) if inclusive else float(auc(grid / grid.max(), y))
+    start = 0.0 if variant == "dinomaly" else grid.min()
+    return float(auc((grid - start) / (grid.max() - start), y))
 
 
 def case(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,10 +71,64 @@ def case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_loops_written_from_the_descriptions(seed: int) -> None:
     maps, masks = case(seed)
-    assert aupro(maps, masks, "cflow") == pytest.approx(naive(maps, masks, 1000, True, True), abs=1e-12)
-    assert aupro(maps, masks, "ader") == pytest.approx(naive(maps, masks, 200, False, False), abs=1e-12)
-    each = [naive(maps[i : i + 1], masks[i : i + 1], 200, False, False) for i in range(3)]
+    for variant in ("cflow", "ader", "dinomaly"):
+        assert aupro(maps, masks, variant) == pytest.approx(naive(maps, masks, variant), abs=1e-12)
+    each = [naive(maps[i : i + 1], masks[i : i + 1], "dinomaly") for i in range(3)]
     assert aupro(maps, masks, "rd4ad") == pytest.approx(np.mean(each), abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["cflow", "ader", "dinomaly"])
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_where_many_pixels_share_the_ends(variant: str, seed: int) -> None:
+    maps, masks = case(seed)
+    maps = np.clip(maps, 0.9, 1.3)  # few normal pixels are above the lowest score, some are at the highest
+    assert aupro(maps, masks, variant) == pytest.approx(naive(maps, masks, variant), abs=1e-12)
+
+
+def test_dinomaly_loses_what_lies_before_the_lowest_rate() -> None:
+    mask = np.zeros((1, 1, 10), bool)
+    mask[0, 0, :2] = True
+    scores = np.array([[[1.0, 0.5, 1.0, 0.5, *np.linspace(0.0, 0.2, 6)]]])  # rates 1/8, 2/8; overlaps 1/2, 1
+    assert aupro(scores, mask, "ader") == pytest.approx((0.5 + 1.0) / 2)
+    assert aupro(scores, mask, "dinomaly") == pytest.approx((0.5 + 1.0) / 4)
+
+
+def test_a_rate_at_the_limit_counts_for_cflow_alone() -> None:
+    mask = np.zeros((1, 1, 11), bool)
+    mask[0, 0, 0] = True
+    scores = np.array([[[0.7, 1.0, 0.9, 0.5, *np.linspace(0.0, 0.2, 7)]]])  # found at 2/10; the next rate is 3/10
+    assert aupro(scores, mask, "cflow") == pytest.approx(0.1 / 0.3)
+    assert aupro(scores, mask, "ader") == aupro(scores, mask, "dinomaly") == 0.0
+
+
+@pytest.mark.parametrize("name", ["cflow", "ader", "dinomaly", "rd4ad"])
+def test_no_number_where_the_routine_divides_by_zero(name: str) -> None:
+    mask = np.zeros((1, 5, 5), bool)
+    mask[0, 2, 2] = True
+    assert math.isnan(aupro(np.ones((1, 5, 5)), mask, name))
+    assert aupro(np.ones((1, 5, 5)), mask, "official") == 0.0
+    halves = np.where(np.arange(25).reshape(1, 5, 5) < 12, 1.0, 0.0)  # no rate between 0 and the limit
+    assert math.isnan(aupro(halves, mask, name))
+
+
+def test_cflow_never_looks_at_the_last_thousandth() -> None:
+    mask = np.zeros((1, 1, 11), bool)
+    mask[0, 0, 0] = True
+    scores = np.zeros((1, 1, 11))
+    scores[0, 0, 1:3] = 1.0, 0.9
+    scores[0, 0, [0, 3]] = 0.0005  # the defect and a third normal pixel, below the last threshold, which is 0.001
+    assert aupro(scores, mask, "cflow") == 0.0
+    scores[0, 0, [0, 3]] = 0.0015  # above it: (2/10, 0) and (3/10, 1) on the curve
+    assert aupro(scores, mask, "cflow") == pytest.approx(0.1 / 2 / 0.3)
+
+
+def test_a_hole_that_is_open_at_a_corner_is_not_filled() -> None:
+    mask = np.zeros((1, 20, 20), bool)
+    mask[0, 5, 6:9] = mask[0, 9, 6:9] = mask[0, 6:9, 5] = mask[0, 6:9, 9] = True  # corners are missing
+    scores = 0.5 * np.random.default_rng(0).random((1, 20, 20))
+    scores[0, 5:10, 5:10] = 1.0
+    assert aupro(scores, mask, "cflow") == pytest.approx(naive(scores, mask, "cflow"), abs=1e-12)
+    assert aupro(scores, mask, "cflow") <= 1.0
 
 
 def test_a_filled_hole_makes_an_overlap_above_one() -> None:
@@ -97,6 +159,13 @@ def test_what_cannot_be_measured_is_no_number(name: str) -> None:
     assert math.isnan(aupro(np.zeros((2, 5, 5)), ~nothing, name))
 
 
+@pytest.mark.parametrize("name", ["exact", *VARIANTS])
+def test_no_images_and_images_without_a_mask(name: str) -> None:
+    assert math.isnan(aupro([], [], name))
+    with pytest.raises(ValueError):
+        aupro(np.arange(18.0).reshape(2, 3, 3), np.eye(3)[None], name)
+
+
 def test_an_unknown_variant_is_told() -> None:
     with pytest.raises(ConfigError, match="unknown AUPRO variant 'cflw': did you mean 'cflow'"):
         aupro(np.zeros((1, 2, 2)), np.eye(2)[None], "cflw")
@@ -109,6 +178,10 @@ def test_f1_on_a_coarse_grid_is_no_better_than_the_best() -> None:
     grid = [f1_score(masks.ravel(), scaled.ravel() > t, zero_division=0) for t in np.linspace(0, 1, 21)]
     assert f1_max_ader(maps, masks) == pytest.approx(max(grid), abs=1e-12)
     assert math.isnan(f1_max_ader(maps, np.zeros_like(masks)))
+    assert math.isnan(f1_max_ader(maps, np.ones_like(masks)))
+    # Only what is above a step counts: the lowest score never does, so a map that is constant finds nothing.
+    assert f1_max_ader(np.array([[[0.0, 0.25, 1.0]]]), np.array([[[True, False, False]]])) == 0.0
+    assert f1_max_ader(np.ones((1, 2, 2)), np.eye(2)[None]) == 0.0
 
 
 def test_flipped() -> None:

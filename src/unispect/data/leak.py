@@ -57,9 +57,11 @@ class Seen:
 
     def _near(self, records: Sequence[Record]) -> Iterator[tuple[Record, Origin]]:
         origins, known = list(self.fingerprints), Nearness(list(self.fingerprints.values()))
-        for record, mark in zip(records, ahead(_mark, records, 2, 16), strict=True):
-            if mark is not None and (found := known.nearest(mark)) is not None and found.suspicious:
-                yield record, origins[found.index]
+        marks = zip(records, ahead(_mark, records, 2, 16), strict=True)
+        marked = [(record, mark) for record, mark in marks if mark is not None]
+        for (record, _), near in zip(marked, known.each([mark for _, mark in marked]), strict=True):
+            if near.suspicious:
+                yield record, origins[near.index]
 
 
 def _contents(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:

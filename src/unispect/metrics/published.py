@@ -51,19 +51,31 @@ def official(maps: Arrays, masks: Arrays, thresholds: int = 10_000) -> float:
 
 
 def cflow(maps: Arrays, masks: Arrays) -> float:
-    """As CFLOW-AD's code (gudovskiy/cflow-ad): 1000 equal steps of score, holes of a region filled in the numerator only,
-    so that a region with a hole can count for more than one; rates up to 0.3 stretched to 0..1."""
-    return _stepped(maps, masks, 1000, filled=True, inclusive=True)
+    """As CFLOW-AD's train.py (gudovskiy/cflow-ad): 1000 equal steps of score down from the highest, the lowest left out;
+    holes of a region filled in the numerator only, so that a region with a hole can count for more than one; rates up to
+    0.3, stretched to 0..1."""
+    low, high = _span(maps)
+    rate, overlap = _overlap(maps, masks, high - (high - low) / 1000 * np.arange(1000), filled=True)
+    chosen = rate <= LIMIT
+    return _stretched(rate[chosen], overlap[chosen], from_lowest=True)
 
 
 def ader(maps: Arrays, masks: Arrays) -> float:
-    """As ADer (zhangzjn/ADer) and Dinomaly: 200 equal steps of score, rates below 0.3 stretched to 0..1."""
-    return _stepped(maps, masks, 200, filled=False, inclusive=False)
+    """As ADer's util/metric.py (zhangzjn/ADer): 200 equal steps of score up from the lowest; rates below 0.3, the
+    lowest to the highest of them stretched to 0..1."""
+    return _rising(maps, masks, from_lowest=True)
+
+
+def dinomaly(maps: Arrays, masks: Arrays) -> float:
+    """As Dinomaly's utils.py (guojiajeremy/Dinomaly): `ader`, but rates are divided by the highest, and what lies before the
+    lowest is lost: less where normal pixels reach the highest score."""
+    return _rising(maps, masks, from_lowest=False)
 
 
 def rd4ad(maps: Arrays, masks: Arrays) -> float:
-    """As RD4AD (hq-deng/RD4AD): `ader` of each defective image with the normal pixels of that image only; then the mean."""
-    alone = [ader([scores], [mask]) for scores, mask in zip(maps, masks, strict=True) if np.any(mask)]
+    """As RD4AD's test.py (hq-deng/RD4AD): `dinomaly` of each defective image with the normal pixels of that image only; then
+    the mean."""
+    alone = [dinomaly([scores], [mask]) for scores, mask in zip(maps, masks, strict=True) if np.any(mask)]
     measured = [value for value in alone if not np.isnan(value)]
     return float(np.mean(measured)) if measured else float("nan")
 
@@ -101,34 +113,54 @@ class _Part:
 def _parts(maps: Arrays, masks: Arrays) -> Iterator[_Part]:
     for one, mask in zip(maps, masks, strict=True):
         scores, label = np.asarray(one, dtype=np.float64), np.asarray(mask, dtype=bool)
-        numbered, count = regions.components(label)
-        each = [numbered == number for number in range(1, count + 1)]
-        areas = [scores[area] for area in each]
-        yield _Part(scores[~label], areas, [scores[ndimage.binary_fill_holes(area)] for area in each])
+        numbered, _ = regions.components(label)
+        boxes = ndimage.find_objects(numbered)
+        alone = [(scores[box], numbered[box] == number) for number, box in enumerate(boxes, start=1)]
+        # As regionprops of scikit-image: a hole that touches the outside by a corner is none.
+        filled = [inside[ndimage.binary_fill_holes(area, regions.EIGHT)] for inside, area in alone]
+        yield _Part(scores[~label], [inside[area] for inside, area in alone], filled)
 
 
-def _stepped(maps: Arrays, masks: Arrays, steps: int, filled: bool, inclusive: bool) -> float:
-    """Overlap against the false positive rate at equal steps of score, up to 0.3, the rates stretched to 0..1."""
+def _span(maps: Arrays) -> tuple[float, float]:
+    """Lowest and highest score of all maps, (0, 0) without maps."""
+    low, high = [float(np.min(one)) for one in maps], [float(np.max(one)) for one in maps]
+    return min(low, default=0.0), max(high, default=0.0)
+
+
+def _overlap(maps: Arrays, masks: Arrays, thresholds: np.ndarray, filled: bool) -> tuple[np.ndarray, np.ndarray]:
+    """False positive rate and mean overlap of the regions above each of k thresholds, (k,) each; empty if not measurable."""
     parts = list(_parts(maps, masks))
-    areas = [area for part in parts for area in part.areas]
-    if not areas or not sum(len(part.normal) for part in parts):
+    sizes = [len(area) for part in parts for area in part.areas]
+    if not sizes or not sum(len(part.normal) for part in parts):
+        return np.empty(0), np.empty(0)
+    counted = [area for part in parts for area in (part.filled if filled else part.areas)]
+    rate = _above(np.concatenate([part.normal for part in parts]), thresholds)
+    overlap = [_above(area, thresholds) * (len(area) / size) for area, size in zip(counted, sizes, strict=True)]
+    return rate, np.mean(overlap, axis=0)
+
+
+def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Share of scores above each threshold, (k,)."""
+    return (len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")) / len(scores)
+
+
+def _rising(maps: Arrays, masks: Arrays, from_lowest: bool) -> float:
+    low, high = _span(maps)
+    if low == high:
         return float("nan")
-    above = [np.sort(area) for part in parts for area in (part.filled if filled else part.areas)]
-    normal = np.sort(np.concatenate([part.normal for part in parts]))
-    low, high = min(float(np.min(one)) for one in maps), max(float(np.max(one)) for one in maps)
-    thresholds = high - (high - low) * np.arange(steps + 1) / steps
-    rate = 1.0 - np.searchsorted(normal, thresholds, side="right") / len(normal)
-    sizes = [len(area) for area in areas]
-    overlap = np.mean(
-        [(len(a) - np.searchsorted(a, thresholds, side="right")) / n for a, n in zip(above, sizes, strict=True)], axis=0
-    )
-    chosen = rate <= LIMIT if inclusive else rate < LIMIT
-    x, y = rate[chosen], overlap[chosen]
-    low_rate = x.min() if inclusive and len(x) else 0.0
-    if not len(x) or x.max() <= low_rate:
-        return float(y.max()) if len(y) else float("nan")
-    x = (x - low_rate) / (x.max() - low_rate)
-    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
+    # Rounding decides whether the highest score is a threshold, too: it does so in the same way there.
+    thresholds = np.arange(low, high, (high - low) / 200)
+    rate, overlap = _overlap(maps, masks, thresholds, filled=False)
+    chosen = rate < LIMIT
+    return _stretched(rate[chosen], overlap[chosen], from_lowest)
+
+
+def _stretched(x: np.ndarray, y: np.ndarray, from_lowest: bool) -> float:
+    """Area below y after x was stretched so that it ends at 1. NaN where x has no width: their routines divide by zero."""
+    if not len(x) or x.max() == x.min():
+        return float("nan")
+    area = abs(float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2))
+    return area / float(x.max() - (x.min() if from_lowest else 0.0))
 
 
 VARIANTS: dict[str, Callable[[Arrays, Arrays], float]] = {
@@ -136,4 +168,5 @@ VARIANTS: dict[str, Callable[[Arrays, Arrays], float]] = {
     "cflow": cflow,
     "rd4ad": rd4ad,
     "ader": ader,
+    "dinomaly": dinomaly,
 }

@@ -206,24 +206,30 @@ def _results(evaluation: Evaluation) -> Sheet:
     """Both protocols and every product."""
     table = evaluation.table
     rows = [
-        cells("Pooled, one ranking", table.pooled, evaluation.total),
-        cells("Mean over products", table.mean, None),
-        cells("Worst product", table.worst, None),
-        *(cells(name, row, evaluation.rates[name]) for name, row in table.products.items()),
+        _with_interval(cells("Pooled, one ranking", table.pooled, evaluation.total), evaluation, "pooled"),
+        _with_interval(cells("Mean over products", table.mean, None), evaluation, "mean"),
+        _with_interval(cells("Worst product", table.worst, None), evaluation, ""),
+        *(
+            _with_interval(cells(name, row, evaluation.rates[name]), evaluation, f"product:{name}")
+            for name, row in table.products.items()
+        ),
     ]
     neat = [tuple("–" if cell == "-" else cell for cell in row) for row in rows]
     return Sheet(
-        caption="Pooled: all products in one ranking, one threshold. Mean: each product ranked alone, then averaged.",
+        caption="Pooled: all products in one ranking, one threshold. Mean: each product ranked alone, then averaged. "
+        "95 %: bootstrap interval of the number before it, by image.",
         words=1,
-        spans=(("", 2), ("Images", 4), ("Pixels", 4), ("At the threshold", 2)),
+        spans=(("", 2), ("Images", 5), ("Pixels", 5), ("At the threshold", 2)),
         head=(
             "Product",
             "Images",
             "AUROC",
+            "95 %",
             "AP",
             "F1 max",
             "Found at 1 %",
             "AUROC",
+            "95 %",
             "AP",
             "F1 max",
             "AUPRO",
@@ -233,6 +239,13 @@ def _results(evaluation: Evaluation) -> Sheet:
         summary=tuple(neat[:3]),
         rows=tuple(neat[3:]),
     )
+
+
+def _with_interval(row: Sequence[str], evaluation: Evaluation, place: str) -> list[str]:
+    """The row with the bootstrap intervals of its two AUROCs beside them."""
+    known = evaluation.intervals.get(place, {})
+    told = [f"{pair[0]:.2f}–{pair[1]:.2f}" if (pair := known.get(name)) else "-" for name in ("image_auroc", "pixel_auroc")]
+    return [*row[:3], told[0], *row[3:7], told[1], *row[7:]]
 
 
 def _comparison(evaluation: Evaluation) -> Sheet | None:
