@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trees
 
+import trees
 from unispect.data.check import check
 from unispect.data.dataset import DataSet, check_root
 from unispect.data.datasets import DATASETS, deviations, read_data, read_dataset

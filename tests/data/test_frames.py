@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trees
 
+import trees
 from unispect.data.datasets import DATASETS, deviations, read_dataset
 from unispect.data.loader import decode, read_mask
 from unispect.data.realiad import read_realiad

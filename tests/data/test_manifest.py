@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import trees
 
+import trees
 from unispect.data.datasets import read_data
 from unispect.data.folder import read_folder
 from unispect.data.manifest import read_manifest, write_manifest

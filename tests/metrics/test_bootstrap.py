@@ -103,6 +103,7 @@ def test_interval_is_moved_clipped_or_missing() -> None:
     assert interval(drawn, 0.65, 0.6) == pytest.approx((0.555, 0.745))
     assert interval(drawn + 0.3, 0.9, 0.9)[1] == pytest.approx(0.995)
     assert interval(drawn + 0.4, 1.0, 1.0)[1] == 1.0
+    assert interval(drawn - 0.55, 0.05, 0.05) == pytest.approx((0.0, 0.145))
     few = np.where(np.arange(201) < 30, np.nan, drawn)
     assert np.isnan(interval(few, 0.6, 0.6)).all()
     assert np.isnan(interval(drawn, float("nan"), 0.6)).all()

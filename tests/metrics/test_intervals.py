@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from unispect.metrics.intervals import intervals
+from unispect.metrics.pixels import PixelResult
 from unispect.metrics.protocol import table
 
 
@@ -51,6 +52,19 @@ def test_a_class_that_is_missing_has_no_interval() -> None:
     assert "image_auroc" not in made["pooled"]
     assert "detection_rate" not in made["pooled"]
     assert "false_alarm_rate" in made["pooled"]
+
+
+def test_pixels_of_some_products_only() -> None:
+    """A product without maps has no pixel interval, and the mean is over those that have."""
+    scores, labels, alarms, names = drawn(60, 3)
+    spread = np.linspace(0.7, 0.9, 50)
+    known = PixelResult({"pixel_auroc": 0.8}, {"pixel_auroc": 0.0}, {"pixel_auroc": spread}, {"pixel_auroc": 0.8})
+    bare = PixelResult({"pixel_auroc": float("nan")}, {"pixel_auroc": 0.0})
+    pixels = {"a": known, "b": bare, None: known}
+    results = table(scores, labels, names, {product: result.values for product, result in pixels.items()})
+    made = intervals(scores, labels, alarms, names, results, pixels, 100)
+    assert made["product:a"]["pixel_auroc"] == made["mean"]["pixel_auroc"] == pytest.approx((0.705, 0.895))
+    assert "pixel_auroc" not in made["product:b"]
 
 
 @pytest.mark.slow

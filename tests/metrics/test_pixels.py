@@ -112,3 +112,16 @@ def test_replicates_scatter_around_the_number_and_do_not_depend_on_the_other_pro
         assert np.nanstd(drawn) > 0
         assert abs(np.nanmean(drawn) - found["a"].coarse[name]) < 3 * np.nanstd(drawn)
         assert found["a"].coarse[name] == pytest.approx(found["a"].values[name], abs=0.02)
+
+
+def test_an_image_keeps_its_weight_whatever_comes_before_it() -> None:
+    """The number decides the weights: the same images under other numbers give other replicates."""
+
+    def replicates(start: int) -> np.ndarray:
+        with Pixels(exact=False, replicates=50) as pixels:
+            for number, (scores, mask) in enumerate(PRODUCTS["a"], start=start):
+                pixels.add("a", scores, mask, number)
+            return pixels.results()["a"].replicates["pixel_auroc"]
+
+    assert np.array_equal(replicates(0), replicates(0), equal_nan=True)
+    assert not np.array_equal(replicates(0), replicates(3), equal_nan=True)
