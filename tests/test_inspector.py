@@ -444,3 +444,8 @@ def test_scores_before_alignment_are_kept_beside(inspector: Inspector, products:
     assert result.unaligned is not None
     assert result.unaligned.shape == result.scores.shape
     assert not np.allclose(result.unaligned, result.scores)
+
+
+def test_a_section_that_is_no_table_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"hgad: got 3, expected a table \[hgad\] of settings"):
+        complete({"hgad": 3})

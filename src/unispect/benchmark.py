@@ -11,23 +11,25 @@ import csv
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any
 
 from unispect.config import construct, merge, read_toml
 from unispect.data.datasets import DATASETS, read_data
 from unispect.data.factory import write_products
-from unispect.data.records import Record
+from unispect.data.records import ROLES, Record
 from unispect.errors import ConfigError, DataError, UnispectError, unknown_name
 from unispect.evaluation import Evaluation, evaluate
 from unispect.features.cache import FeatureCache
@@ -38,6 +40,7 @@ from unispect.report.results import provenance, write_results
 Result = dict[str, Any]
 PACKAGES = ("unispect", "torch", "timm", "openvino", "numpy", "pillow")
 TABLES = ("title", "seeds", "data", "backbones", "methods")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # safe in the name of a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,9 @@ def read_grid(path: Path, roots: Mapping[str, Path] | None = None, seeds: Sequen
     for name in ("data", "methods"):
         if not table.get(name):
             raise ConfigError(f"{path}: no [{name}.NAME]: at least one is needed")
+    for name in ("data", "methods", "backbones"):
+        _check_names(path, name, table.get(name, {}))
+    chosen = _checked_seeds(path, table.get("seeds", [0]) if seeds is None else list(seeds))
     given = dict(roots or {})
     for name in given:
         if name not in table["data"]:
@@ -138,10 +144,14 @@ def read_grid(path: Path, roots: Mapping[str, Path] | None = None, seeds: Sequen
     sources = {name: _source(name, about, folder, given.get(name)) for name, about in table["data"].items()}
     methods = {name: _method(about, folder) for name, about in table["methods"].items()}
     backbones = table.get("backbones") or {"default": {}}
-    chosen = list(table.get("seeds", [0]) if seeds is None else seeds)
     cells = tuple(
         Cell(
-            method, data, backbone, seed, _settings(path, method, methods[method], backbones[backbone], seed), sources[data]
+            method,
+            data,
+            backbone,
+            seed,
+            _settings(f"{path}: backbones.{backbone} and methods.{method}", methods[method], backbones[backbone], seed),
+            sources[data],
         )
         for data in sources
         for method in methods
@@ -149,6 +159,24 @@ def read_grid(path: Path, roots: Mapping[str, Path] | None = None, seeds: Sequen
         for seed in chosen
     )
     return Grid(str(table.get("title", path.stem)), cells)
+
+
+def _check_names(path: Path, kind: str, tables: Any) -> None:
+    """A table of tables, whose names can be part of the name of a file."""
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"{path}: {kind}={tables!r}: expected tables [{kind}.NAME]")
+    for name, about in tables.items():
+        if not isinstance(about, Mapping):
+            raise ConfigError(f"{path}: {kind}.{name}={about!r}: expected a table [{kind}.{name}]")
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{path}: {kind} {name!r}: expected a name of letters, digits, _, . and -: it names files")
+
+
+def _checked_seeds(path: Path, seeds: Any) -> list[int]:
+    """Their kind is checked with the other settings."""
+    if not isinstance(seeds, list) or not seeds or len({repr(seed) for seed in seeds}) < len(seeds):
+        raise ConfigError(f"{path}: seeds={seeds!r}: expected a list of different whole numbers, such as [0, 1, 2]")
+    return seeds
 
 
 def _source(name: str, about: Mapping[str, Any], folder: Path, root: Path | None) -> Source:
@@ -166,21 +194,24 @@ def _source(name: str, about: Mapping[str, Any], folder: Path, root: Path | None
 
 def _method(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     own = dict(about)
-    config = own.pop("config", None)
+    config = own.pop("config", "")
+    if not isinstance(config, str):
+        raise ConfigError(f"config={config!r}: expected the path of a TOML file")
     return merge(read_toml(folder / config) if config else {}, own)
 
 
-def _settings(path: Path, method: str, own: Mapping[str, Any], backbone: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _settings(where: str, own: Mapping[str, Any], backbone: Mapping[str, Any], seed: int) -> dict[str, Any]:
     try:
-        return complete(merge(merge(dict(own), dict(backbone)), {"seed": seed}))
+        return complete(merge(merge(own, backbone), {"seed": seed}))
     except ConfigError as error:
-        raise ConfigError(f"{path}: methods.{method}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def run(grid: Grid, out: Path, jobs: int = 1, progress: Callable[[int, int], None] | None = None) -> list[Result]:
     """Run the cells that have no result yet, `jobs` at a time, and return the results of all, in their order.
 
-    A cell that fails has status "failed" and its error, and is run again next time; the others go on.
+    A cell that fails has status "failed" and its error, and is run again next time; the others go on. Features are
+    shared, so only the first cell of a data set and backbone computes them: see "images" in its result.
 
     progress   called with (cells done, cells in all)
     """
@@ -199,24 +230,27 @@ def run(grid: Grid, out: Path, jobs: int = 1, progress: Callable[[int, int], Non
             results[cell.name] = known
     if progress is not None:
         progress(len(results), len(grid.cells))
-    for cell, result in _all(waiting, out, keys, jobs):
-        results[cell.name] = result
-        if progress is not None:
-            progress(len(results), len(grid.cells))
+    for cell in {cell.data: cell for cell in waiting if cell.source.generate}.values():
+        cell.source.records(_generated(out, cell))  # drawn here, so that two cells do not both draw them
+    with closing(_all(waiting, out, keys, jobs)) as finished:
+        for cell, result in finished:
+            results[cell.name] = result
+            if progress is not None:
+                progress(len(results), len(grid.cells))
     return [results[cell.name] for cell in grid.cells]
 
 
-def _all(cells: Sequence[Cell], out: Path, keys: Mapping[str, str], jobs: int) -> Iterator[tuple[Cell, Result]]:
+def _all(cells: Sequence[Cell], out: Path, keys: Mapping[str, str], jobs: int) -> Generator[tuple[Cell, Result]]:
     """Cells with their results as they come, each on cores of its own."""
     slots: SimpleQueue[list[int]] = SimpleQueue()
     for cores in _shares(jobs):
         slots.put(cores)
-    running: set[subprocess.Popen[str]] = set()
+    processes = _Processes()
 
     def one(cell: Cell) -> Result:
         cores = slots.get()
         try:
-            return _run_cell(cell, out, keys[cell.name], cores, running)
+            return _run_cell(cell, out, keys[cell.name], cores, processes)
         finally:
             slots.put(cores)
 
@@ -228,9 +262,35 @@ def _all(cells: Sequence[Cell], out: Path, keys: Mapping[str, str], jobs: int) -
         except BaseException:
             for task in tasks:
                 task.cancel()
-            for process in list(running):
-                process.terminate()
+            processes.stop()
             raise
+
+
+class _Processes:
+    """Those that run now. Once stopped, no other is started, whatever a thread was about to do."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self.stopped = Lock(), set[subprocess.Popen[bytes]](), False
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+        """Exit code; what it says goes to a file."""
+        with log.open("wb") as said:
+            with self._lock:
+                if self.stopped:
+                    return -1
+                process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+                self._running.add(process)
+            code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+    def stop(self) -> None:
+        """End them all."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                process.terminate()
 
 
 def _shares(jobs: int) -> list[list[int]]:
@@ -239,25 +299,37 @@ def _shares(jobs: int) -> list[list[int]]:
     return [cores[number::jobs] or [cores[number % len(cores)]] for number in range(jobs)]
 
 
-def _run_cell(cell: Cell, out: Path, key: str, cores: list[int], running: set[subprocess.Popen[str]]) -> Result:
+def _run_cell(cell: Cell, out: Path, key: str, cores: list[int], processes: _Processes) -> Result:
     """Run a cell in a process and return what it wrote, or how it ended."""
-    folder = out / "cells" / cell.name
+    folder, target = out / "cells" / cell.name, _file(out, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    job = {"cell": asdict(cell), "key": key, "out": str(out.resolve()), "cores": cores}
-    (folder / "job.json").write_text(json.dumps(job, indent=1), "utf-8")
+    job, log = folder / "job.json", folder / "log.txt"
+    about = {"cell": asdict(cell), "key": key, "out": str(out.resolve()), "cores": cores, "parent": os.getpid()}
+    job.write_text(json.dumps(about, indent=1), "utf-8")
     threads = str(len(cores))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "unispect.benchmark", str(folder / "job.json")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running.add(process)
-    said, _ = process.communicate()
-    running.discard(process)
-    (folder / "log.txt").write_text(said, "utf-8")
-    result = _read(out / "cells" / f"{cell.name}.json")
-    if process.returncode == 0 and result is not None and result["key"] == key:
+    code = processes.run([sys.executable, "-m", "unispect.benchmark", str(job)], environment, log)
+    result = _read(target)
+    if code == 0 and result is not None and result.get("key") == key:
         return result
-    last = next((line for line in reversed(said.splitlines()) if line.strip()), "nothing was said")
-    return _failed(cell, f"ended with code {process.returncode}: {last.strip()} (see {folder / 'log.txt'})")
+    said = log.read_text("utf-8", errors="replace").splitlines()
+    last = next((line for line in reversed(said) if line.strip()), "nothing was said")
+    failed = _failed(cell, f"ended with code {code}: {last} (see {log})")
+    if not processes.stopped:
+        _write(target, failed, key)
+    return failed
+
+
+def _file(out: Path, cell: Cell) -> Path:
+    """Where its result goes."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def _write(target: Path, result: Result, key: str) -> None:
+    """A result file, which appears whole or not at all."""
+    draft = target.with_name(f"{target.name}.{os.getpid()}.part")
+    draft.write_text(json.dumps(result | {"key": key}, indent=1, allow_nan=False) + "\n", "utf-8")
+    draft.replace(target)
 
 
 def _failed(cell: Cell, error: str) -> Result:
@@ -266,7 +338,7 @@ def _failed(cell: Cell, error: str) -> Result:
     return {
         "cell": about,
         "status": "failed",
-        "error": error,
+        "error": " ".join(error.split()),
         **empty,
         "environment": _environment(),
         "settings": cell.settings,
@@ -304,18 +376,18 @@ def _generated(out: Path, cell: Cell) -> Path:
 def _listing(source: Source, generated: Path) -> str:
     if source.generate:
         return json.dumps(source.generate, sort_keys=True)
-    digest = sha256()
+    digest, root = sha256(), Path(source.root)
     for record in source.records(generated):
         for path in (record.path, record.mask):
             if path is not None and path.exists():
-                status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+                status, name = path.stat(), path.relative_to(root) if path.is_relative_to(root) else path
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         digest.update(f"{record.product} {record.label} {record.group} {record.split}\n".encode())
     return digest.hexdigest()
 
 
 def _known(out: Path, cell: Cell, key: str) -> Result | None:
-    result = _read(out / "cells" / f"{cell.name}.json")
+    result = _read(_file(out, cell))
     return result if result is not None and result.get("key") == key and result.get("status") == "done" else None
 
 
@@ -333,6 +405,8 @@ def _read(path: Path) -> Result | None:
 def main(job: Path) -> int:
     """Run the cell that a job file describes and write its result; an error of the user's becomes a failed result."""
     about = json.loads(job.read_text("utf-8"))
+    if about["parent"] == os.getppid():
+        Thread(target=_end_with_parent, args=(about["parent"],), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, about["cores"])
     named = about["cell"]
@@ -342,19 +416,29 @@ def main(job: Path) -> int:
         result = _measured(cell, out)
     except UnispectError as error:
         result = _failed(cell, str(error))
-    target = out / "cells" / f"{cell.name}.json"
-    draft = target.with_suffix(".part")
-    draft.write_text(json.dumps(result | {"key": about["key"]}, indent=1, allow_nan=False) + "\n", "utf-8")
-    draft.replace(target)
+    _write(_file(out, cell), result, about["key"])
     return 0
+
+
+def _end_with_parent(parent: int, every: float = 0.5) -> None:
+    """End this process soon after the one that started it was killed: nothing works on unseen. `every` in seconds."""
+    while os.getppid() == parent:
+        time.sleep(every)
+    os._exit(1)
 
 
 def _measured(cell: Cell, out: Path) -> Result:
     """Fit, evaluate and write the cell's own report."""
     folder = out / "cells" / cell.name
     records = cell.source.records(_generated(out, cell))
+    computed: dict[str, int] = {}  # stage -> images whose features were not in the cache
+
+    def count(stage: str, done: int, total: int, _: Mapping[str, float]) -> None:
+        if stage.startswith("features"):
+            computed[stage] = done
+
     start = time.perf_counter()
-    inspector = Inspector.fit(records, cell.settings, cache=FeatureCache(out / "cache"))
+    inspector = Inspector.fit(records, cell.settings, cache=FeatureCache(out / "cache"), progress=count)
     fitted = time.perf_counter()
     model = inspector.save(folder / "model", overwrite=True)
     measuring = time.perf_counter()
@@ -362,7 +446,6 @@ def _measured(cell: Cell, out: Path) -> Result:
     done = time.perf_counter()
     facts = provenance(inspector, f"unispect benchmark, cell {cell.name}")
     report = write_results(evaluation, folder, f"{cell.method} on {cell.data}, {cell.backbone}, seed {cell.seed}", facts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "cell": {"method": cell.method, "data": cell.data, "backbone": cell.backbone, "seed": cell.seed},
         "status": "done",
@@ -370,17 +453,32 @@ def _measured(cell: Cell, out: Path) -> Result:
         "costs": {
             "fit_s": round(fitted - start, 1),
             "evaluate_s": round(done - measuring, 1),
-            "peak_gib": round(peak, 2),
+            "peak_gib": _peak(),
             "model_mib": round(sum(file.stat().st_size for file in model.iterdir()) / 2**20, 1),
         },
         "evaluation": evaluation.as_dict(),
-        "images": {role: len(getattr(inspector.split, role)) for role in ("train", "held_out", "calibration")},
+        "images": {role: len(getattr(inspector.split, role)) for role in ROLES} | {"computed": sum(computed.values())},
         "report": str(report.relative_to(out)),
         "scores": str(_write_scores(evaluation, folder / "scores.csv").relative_to(out)),
         "environment": _environment(),
         "dataset": cell.source.dataset or cell.data,
         "settings": cell.settings,
     }
+
+
+def _peak(status: Path = Path("/proc/self/status")) -> float | None:
+    """Most memory that this process has held, GiB; None where the system does not tell.
+
+    Linux counts what the parent held into ru_maxrss of the child, so it is asked elsewhere.
+    """
+    if status.exists():
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text("utf-8"))
+        return round(int(found[1]) / 2**20, 2) if found else None
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30, 2)  # bytes on macOS
 
 
 def _write_scores(evaluation: Evaluation, path: Path) -> Path:
@@ -416,8 +514,6 @@ def _environment() -> dict[str, str]:
 
 
 def _installed(package: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return bool(version(package))
     except PackageNotFoundError:

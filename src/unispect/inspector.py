@@ -34,7 +34,7 @@ from unispect.store import pack_tensors, read_model, unpack_tensors, write_folde
 from unispect.types import Batch, Finding, Region, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
-MARKS = "marks"  # notes in the feature cache: fingerprints of images
+MARKS = "marks-2"  # notes in the feature cache: fingerprints of images
 SECTIONS = ("preparation", "features", "split", "training", "decision")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Source = Path | str | np.ndarray | Image.Image
@@ -87,6 +87,9 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
     for name in given:
         if name not in known:
             raise ConfigError(unknown_name("setting", name, known))
+    for name in (*SECTIONS, *METHODS):
+        if not isinstance(given.get(name, {}), Mapping):
+            raise ConfigError(f"{name}: got {given[name]!r}, expected a table [{name}] of settings")
     seed = given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed: got {seed!r}, expected a whole number >= 0")
