@@ -57,6 +57,17 @@ def test_no_metric_is_further_from_the_exact_one_than_it_says(name: str, bits: i
     assert measured > 80
 
 
+@pytest.mark.parametrize("normal", [10**5, 10**6])
+@pytest.mark.parametrize("defective", [1, 2, 3, 10])
+def test_the_worst_order_stays_in_the_bound_of_average_precision(defective: int, normal: int) -> None:
+    """Few defective pixels, one by one, below many normal ones of the same bin: differences of large numbers lose digits."""
+    lowest = np.float32(1.0).view(np.uint32) + np.arange(defective, dtype=np.uint32)
+    maps = np.concatenate([lowest.view(np.float32), np.full(normal, 1.4, np.float32)])[None, None]
+    masks = np.arange(maps.size).reshape(maps.shape) < defective
+    found, exact = streamed(maps, masks, 1).average_precision(), ranking.average_precision(maps, masks)
+    assert abs(found.value - exact) <= found.error
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_the_bound_is_not_idle(name: str) -> None:
     """Sums that lie by more than they say would be noticed: the bound is small where scores spread."""

@@ -155,9 +155,7 @@ class PixelSums:
         before_p, before_n = (np.cumsum(part) - part for part in (positive, negative))
         p, n, found, alarms = (part[some].astype(np.float64) for part in (positive, negative, before_p, before_n))
         best = p * (found + p) / (found + p + alarms)
-        worst_alarms = alarms + n
-        # sum over i = 1..p of (found + i) / (found + i + alarms), as 1 - alarms / (..) and the harmonic series
-        worst = p - worst_alarms * (digamma(found + p + worst_alarms + 1) - digamma(found + worst_alarms + 1))
+        worst = _one_by_one(found, p, alarms + n)
         return Bounded.between(float(np.minimum(worst, best).sum()) / total_p, float(best.sum()) / total_p)
 
     def f1_max(self) -> Bounded:
@@ -237,6 +235,20 @@ def _runs(bins: np.ndarray, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
     counts = np.zeros((2, len(first)), np.int64)
     counts[row] = np.diff(np.append(first, len(ascending)))
     return ascending[first], counts
+
+
+def _one_by_one(found: np.ndarray, more: np.ndarray, alarms: np.ndarray) -> np.ndarray:
+    """Sum over i = 1..more of (found + i) / (found + i + alarms), or a little less, (k,) each.
+
+    Two numbers that the sum cannot be below. By the harmonic series it is more - alarms x (a difference of digammas): exact
+    but for rounding, which is taken off, and which leaves no digit where alarms are very many. And the summand is concave
+    in i, so it lies above its chord, which is close where `more` is small beside the rest.
+    """
+    end = digamma(found + more + alarms + 1)
+    rounding = 8 * np.finfo(np.float64).eps * alarms * end
+    series = more - alarms * (end - digamma(found + alarms + 1)) - rounding
+    first, last = ((found + i) / (found + i + alarms) for i in (1, more))
+    return np.asarray(np.maximum(series, more * (first + last) / 2))
 
 
 def _check_limit(limit: float) -> None:
