@@ -327,7 +327,9 @@ def _summary(inspector: Inspector, out: Path) -> str:
     lines = [
         f"Products ({how}): {', '.join(inspector.products)}",
         f"Images: {len(split.train)} to learn from, {len(split.held_out)} held out, {len(split.calibration)} to calibrate",
-        f"Kept steps, by level: {', '.join(map(str, history['kept']))} of {max(history['steps'], default=0)}",
+        f"Passes over the training images: {passes}"
+        if (passes := inspector.facts.get("passes"))
+        else f"Kept steps, by level: {', '.join(map(str, history['kept']))} of {max(history['steps'], default=0)}",
         f"Threshold: {inspector.threshold:.6g}, for at most {rate:.2%} false alarms; "
         f"in 90 of 100 fits the long-run rate lies between {low:.2%} and {high:.2%}",
     ]

@@ -1,4 +1,4 @@
-"""How a detector with gradients learns: one loop over steps, levels and vectors, that can stop and go on at any point.
+"""How detectors learn. Those of statistics: in passes. Those with gradients: in one loop that can stop and go on.
 
 What a step sees depends on the seed and the number of the step alone, and a checkpoint holds all state; so a run that
 was killed and resumed ends, on the CPU, with the same bits as one that was not.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unispect.detectors.base import GradientDetector, Pass, Recipe
+from unispect.detectors.base import DealsFolds, GradientDetector, Pass, Recipe, StatisticalDetector
 from unispect.errors import UnispectError
 from unispect.features.cache import FeatureSet
 from unispect.store import read_checkpoint, write_checkpoint
@@ -27,10 +27,14 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Features of some normal images and the product of each, (n,) int64."""
+    """Features of some normal images, the product of each, (n,) int64, and its unit: images of one unit stay together.
+
+    unit   (n,) int64; each image is a unit unless given
+    """
 
     features: FeatureSet
     product: np.ndarray
+    unit: np.ndarray | None = None
 
     def batches(self) -> Pass:
         """A pass over all images, as detectors take it."""
@@ -101,6 +105,26 @@ def vectors(data: Labelled, level: int, images: np.ndarray, places: Tensor) -> t
     flat = np.broadcast_to(places.flatten().numpy(), (len(images), places.numel()))
     found = data.features.gather(level, images, flat)
     return found.reshape(len(images), *places.shape, -1), torch.from_numpy(data.product[images])
+
+
+def learn(detector: StatisticalDetector, train: Labelled, progress: Progress | None = None) -> int:
+    """Learn in place from as many passes as the detector wants; gives their number.
+
+    progress   called after each batch with images seen in this pass, images in all and no losses
+    """
+    if isinstance(detector, DealsFolds):
+        unit = np.arange(len(train.product)) if train.unit is None else train.unit
+        detector.begin(torch.from_numpy(train.product), torch.from_numpy(unit))
+    passes, more = 0, True
+    while more:
+        done = 0
+        for features, product in train.batches()():
+            detector.update(features, product)
+            done += len(product)
+            if progress:
+                progress(done, len(train.features), {})
+        passes, more = passes + 1, detector.finish()
+    return passes
 
 
 def fit(

@@ -21,13 +21,13 @@ from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
 from unispect.data.records import Record, Split, content_hash, split_normals
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
-from unispect.detectors.base import Detector, GradientDetector, Recipe, TakesProduct
-from unispect.detectors.methods import METHODS
+from unispect.detectors.base import Detector, GradientDetector, Recipe, StatisticalDetector, TakesProduct
+from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
 from unispect.features.cache import FeatureCache
 from unispect.features.engine import Engine, engine
 from unispect.features.pyramid import PyramidExtractor
-from unispect.fit import Labelled, fit
+from unispect.fit import History, Labelled, fit, learn
 from unispect.metrics.regions import regions
 from unispect.nn.clusters import discover
 from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
@@ -84,6 +84,7 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
     if method not in METHODS:
         raise ConfigError(unknown_name("method", str(method), METHODS))
     known = {"method", "seed", *SECTIONS, *METHODS}
+    kind, wanted = METHODS[method], METHODS[method].wants
     for name in given:
         if name not in known:
             raise ConfigError(unknown_name("setting", name, known))
@@ -100,11 +101,17 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         "training": Recipe,
         "decision": DecisionSettings,
     }
+    if not issubclass(kind, GradientDetector):
+        del factories["training"]
+        if given.get("training"):
+            raise ConfigError(f"[training]: {method} takes no training steps, it learns in passes: leave the section out")
     table: dict[str, Any] = {"method": method, "seed": seed}
     for name, factory in factories.items():
-        construct(factory, given.get(name, {}), name)
-        table[name] = settings(factory, given.get(name, {}), where=name)
-    table[method] = settings(METHODS[method], given.get(method, {}), ("shapes", "products", "seed"), method)
+        own = merge(wanted.get(name, {}), given.get(name, {}))
+        construct(factory, own, name)
+        table[name] = settings(factory, own, where=name)
+    for name in sections(method, given.get(method, {})):
+        table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
     return table
 
 
@@ -313,7 +320,7 @@ class Inspector:
                 f"{path}: the weights of {config['features']['backbone']} on this machine are not those it learnt with: "
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
-        detector = _detector(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
+        detector = build(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
         detector.load_state_dict(unpack_tensors(files["weights.safetensors"]))
         calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
@@ -344,7 +351,7 @@ class Inspector:
             f"images are exchangeable with those it was calibrated on. With {size} calibration images the long-run rate "
             f"lies between {low:.2%} and {high:.2%} in 90 of 100 fits.",
             f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring.",
-            f"- Seed {self.config['seed']}; held-out loss by level and check: {json.dumps(self.facts['history'])}",
+            f"- Seed {self.config['seed']}; {_learning(self.facts)}",
             "- Not covered: products it has never seen, changes of camera, light or lens.",
             "",
         ]
@@ -392,26 +399,38 @@ class _Fit:
         if len(split.calibration) < needed(rate):
             ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
-        roles = {name: self._features(getattr(split, name), split, eyes, name) for name in ("train", "held_out")}
+        wanted = ("train", "held_out") if issubclass(METHODS[self.config["method"]], GradientDetector) else ("train",)
+        roles = {name: self._features(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
-        train, held_out = (Labelled(roles[name][0], labels[name]) for name in ("train", "held_out"))
+        train, held_out = (
+            Labelled(roles[name][0], labels[name], _units(roles[name][1])) if name in roles else None
+            for name in ("train", "held_out")
+        )
+        assert train is not None
         _check_enough(train.product, names)
         shapes = train.features.shapes
-        detector = _detector(self.config, shapes, len(names))
-        assert isinstance(detector, GradientDetector)
-        recipe = construct(Recipe, self.config["training"], "training")
-        identity = self._identity(split, eyes)
-        history = fit(detector, train, held_out, recipe, self.config["seed"], self.checkpoint, identity, self._step)
+        detector = build(self.config, shapes, len(names))
+        history, passes = self._learn(detector, train, held_out, self._identity(split, eyes))
         calibration = self._calibrate(detector.eval(), split, eyes)
         facts = {
             "features": eyes.fingerprint,
             "shapes": [list(shape) for shape in shapes],
             "clustered": clustered,
             "history": asdict(history),
+            "passes": passes,
             "failures": [f"{failure.path}: {failure.reason}" for failure in self.failures],
             "marks": {content: mark.hex() for content, mark in self.marks.items()},
         }
         return Inspector(self.config, names, eyes, detector, calibration, split, facts)
+
+    def _learn(self, detector: Detector, train: Labelled, held_out: Labelled | None, identity: str) -> tuple[History, int]:
+        """What a loop saw of held-out images, and the number of passes for statistics."""
+        if isinstance(detector, StatisticalDetector):
+            return History(), learn(detector, train, self._step)
+        assert isinstance(detector, GradientDetector)
+        assert held_out is not None
+        recipe = construct(Recipe, self.config["training"], "training")
+        return fit(detector, train, held_out, recipe, self.config["seed"], self.checkpoint, identity, self._step), 0
 
     def _split(self, data: Path | str | Sequence[Record]) -> Split:
         records = read_data(data) if isinstance(data, Path | str) else list(data)
@@ -491,8 +510,8 @@ class _Fit:
         found = discover(torch.cat([_pooled(features) for features, _ in roles.values()]), seed=self.config["seed"]).numpy()
         found = _inhabited(found, counts["train"])
         names = [f"cluster-{number + 1}" for number in range(int(found.max()) + 1)]
-        first = counts["train"]
-        return names, {"train": found[:first], "held_out": found[first:]}, True
+        parts = np.split(found, np.cumsum(list(counts.values()))[:-1])
+        return names, dict(zip(counts, parts, strict=True)), True
 
     def _calibrate(self, detector: Detector, split: Split, eyes: Engine) -> Calibration:
         features, _ = self._features(split.calibration, split, eyes, "calibration")
@@ -519,13 +538,21 @@ class _Fit:
         return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _detector(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
-    method = config["method"]
-    return construct(METHODS[method], config[method], method, shapes=tuple(shapes), products=products, seed=config["seed"])
+def _learning(facts: Mapping[str, Any]) -> str:
+    """How the detector was learnt."""
+    if facts.get("passes"):
+        return f"learnt in {facts['passes']} passes over the training images, without gradients"
+    return f"held-out loss by level and check: {json.dumps(facts['history'])}"
 
 
 def _numbers(records: Sequence[Record], place: Mapping[str, int]) -> np.ndarray:
     return np.array([place[str(record.product)] for record in records], dtype=np.int64)
+
+
+def _units(records: Sequence[Record]) -> np.ndarray:
+    """A number for each capture group, and one for each image that has none."""
+    names = [str(record.path) if record.group is None else f"{record.product}/{record.group}" for record in records]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def _pooled(features: Any) -> torch.Tensor:

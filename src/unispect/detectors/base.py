@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -63,7 +63,12 @@ class Recipe:
 
 
 class Detector(nn.Module, ABC):
-    """A pure function of features once learnt: scoring changes no state and sees no product label."""
+    """A pure function of features once learnt: scoring changes no state and sees no product label.
+
+    wants   defaults that the method has for other sections of the settings, section by section
+    """
+
+    wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def forward(self, features: Features) -> Scores:
@@ -72,10 +77,51 @@ class Detector(nn.Module, ABC):
 
 @runtime_checkable
 class TakesProduct(Protocol):
-    """A detector whose paper scores an image under its true product. For comparison in `evaluate`; not deployable."""
+    """A detector that can score an image under a product.
+
+    In inspection that product is the detector's own guess, or that of the ensemble it is in. Only `evaluate` gives it the
+    true one, for comparison with papers that do; not deployable.
+    """
 
     def forward_given(self, features: Features, product: Tensor) -> Scores:
-        """As forward, told the product (N,) of each image; never called in inspection."""
+        """As forward, under the product (N,) of each image."""
+
+
+@runtime_checkable
+class DealsFolds(Protocol):
+    """A detector that learns from parts of the images in turn."""
+
+    def begin(self, product: Tensor, unit: Tensor) -> None:
+        """Be told of all training images, in the order of the passes: products (n,) and units (n,), which stay together."""
+
+
+@runtime_checkable
+class HoldsProducts(Protocol):
+    """A detector that knows its products one by one, so that one can join or leave without a change to the others."""
+
+    def add(self, other: Any) -> None:
+        """The products of another detector of the same settings, after one's own."""
+
+    def remove(self, product: int) -> None:
+        """Forget a product; the numbers of later ones fall by one."""
+
+
+class StatisticalDetector(Detector):
+    """Learnt in whole passes over the training images; what it learns adds up over batches.
+
+    A pass is `update` for every batch, then `finish`. Every pass brings the same images in the same order.
+    """
+
+    # Nothing is tuned on held-out images, so they are better learnt from.
+    wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"split": {"held_out": 0.0}}
+
+    @abstractmethod
+    def update(self, features: Features, product: Tensor) -> None:
+        """Take in a batch: L levels (N, C, h, w) and the product of each image, (N,) int64."""
+
+    @abstractmethod
+    def finish(self) -> bool:
+        """End of a pass; True where one more is wanted, False where all is learnt."""
 
 
 class GradientDetector(Detector):

@@ -1,8 +1,59 @@
-"""The methods by name."""
+"""The methods by name, and how one is built from settings."""
 
 from __future__ import annotations
 
-from unispect.detectors.base import Detector
-from unispect.detectors.hgad import HGAD
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-METHODS: dict[str, type[Detector]] = {"hgad": HGAD}
+from unispect.config import construct
+from unispect.detectors.base import Detector, StatisticalDetector
+from unispect.detectors.ensemble import Ensemble
+from unispect.detectors.hgad import HGAD
+from unispect.detectors.neighbours import Neighbours
+from unispect.detectors.opca import OPCA
+from unispect.detectors.padim import PaDiM
+from unispect.detectors.patchcore import PatchCore
+from unispect.detectors.spade import SPADE
+from unispect.errors import ConfigError, unknown_name
+
+METHODS: dict[str, type[Detector]] = {
+    "hgad": HGAD,
+    "ensemble": Ensemble,
+    "neighbours": Neighbours,
+    "opca": OPCA,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "spade": SPADE,
+}
+PROVIDED = ("shapes", "products", "parts", "seed")  # constructor arguments that are no settings
+
+
+def sections(method: str, own: Mapping[str, Any]) -> list[str]:
+    """The sections of settings that a method reads: its own and, of an ensemble, those of its members."""
+    return [method, *(_members(own) if method == "ensemble" else ())]
+
+
+def build(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
+    """The detector that a complete table of settings describes, before it has learnt anything."""
+    method = config["method"]
+    if method != "ensemble":
+        return _single(config, method, shapes, products)
+    parts = {name: _single(config, name, shapes, products) for name in _members(config[method])}
+    provided = {"shapes": tuple(shapes), "products": products, "seed": config["seed"]}
+    return construct(Ensemble, config[method], method, parts=parts, **provided)
+
+
+def _single(config: Mapping[str, Any], name: str, shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
+    return construct(METHODS[name], config[name], name, shapes=tuple(shapes), products=products, seed=config["seed"])
+
+
+def _members(own: Mapping[str, Any]) -> Sequence[str]:
+    """Names of an ensemble's members, checked."""
+    possible = [name for name, kind in METHODS.items() if issubclass(kind, StatisticalDetector) and name != "ensemble"]
+    members = own.get("members", Ensemble.MEMBERS)
+    if not isinstance(members, list | tuple) or not members or len(set(members)) < len(members):
+        raise ConfigError(f"ensemble.members={members!r}: expected a list of different methods, of {', '.join(possible)}")
+    for name in members:
+        if name not in possible:
+            raise ConfigError(unknown_name("ensemble.members: method", str(name), possible))
+    return list(members)

@@ -17,13 +17,18 @@ class Moments:
         self.count = torch.zeros(groups, dtype=torch.float64)
         self.sum = torch.zeros(groups, channels, dtype=torch.float64)
         self.second = torch.zeros(groups, channels, channels, dtype=torch.float64)
+        self.cubic = torch.zeros(groups, channels, dtype=torch.float64)
+        self.quartic = torch.zeros(groups, dtype=torch.float64)
 
     def add(self, groups: Tensor, vectors: Tensor) -> None:
         """More vectors (g, n, C) of the groups (g,), which are all different."""
         x = vectors.double() - self.shift
+        square = x.square().sum(2)
         self.count[groups] += x.shape[1]
         self.sum[groups] += x.sum(1)
         self.second[groups] += x.mT @ x
+        self.cubic[groups] += (x.mT @ square[..., None])[..., 0]
+        self.quartic[groups] += square.square().sum(1)
 
     def mean(self) -> Tensor:
         """(groups, C); the shift where a group is empty."""
@@ -38,6 +43,15 @@ class Moments:
         count = self.count[groups].clamp(min=1)
         centre = self.sum[groups] / count[:, None]
         return self.second[groups] / count[:, None, None] - centre[:, :, None] * centre[:, None, :]
+
+    def fourth(self) -> Tensor:
+        """Sum over the vectors of the fourth power of their distance to the mean, (groups,), multiplied out."""
+        count = self.count.clamp(min=1)
+        centre = self.sum / count[:, None]
+        norm, trace = centre.square().sum(1), self.second.diagonal(dim1=1, dim2=2).sum(1)
+        along = (centre[:, None] @ self.second @ centre[..., None])[:, 0, 0]
+        total = self.quartic - 4 * (centre * self.cubic).sum(1) + 4 * along + 2 * norm * trace - 3 * count * norm.square()
+        return total.clamp(min=0)
 
 
 def within(moments: Moments) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 
-def upsampled(maps: Tensor, side: int) -> Tensor:
-    """Bilinear with aligned corners, (N, h, w) -> (N, side, side)."""
-    return F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=True)[:, 0]
+def upsampled(maps: Tensor, side: int, aligned: bool = True) -> Tensor:
+    """Bilinear, (N, h, w) -> (N, side, side). Published codes differ in whether corners are aligned."""
+    return F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=aligned)[:, 0]
 
 
 def blurred(maps: Tensor, sigma: float) -> Tensor:

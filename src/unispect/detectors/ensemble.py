@@ -1,0 +1,375 @@
+"""Several detectors as one: each brought to one scale by what it says of normal images that it has not learnt.
+
+Cross-fitting: the training images of each product are dealt into folds; copies of the members that learn without a fold
+score it. From these out-of-fold scores come the scale of every place of a product's map, of each member and of the sum,
+so no image is held out, no test image is seen, and an alarm means the same for every product. Stacked generalization
+(Wolpert, 1992) without labels; the scale of a place is shrunk as small-sample variances are (Smyth, 2004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, softplus
+
+from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
+from unispect.errors import ConfigError, UnispectError
+from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.recognition import Recogniser
+from unispect.types import Features, Scores
+
+TAIL = 0.95  # quantile of a product's out-of-fold scores that is brought to 0: thresholds lie in the tail
+LIFT = 2.0  # standard deviations added before evidence is joined: what lies below them counts next to nothing
+
+
+class Alignment(nn.Module):
+    """What out-of-fold scores of one product are like, member by member.
+
+    members   M, grid   side of the maps in which places are compared
+    """
+
+    place_mean: Tensor
+    place_scale: Tensor
+    mean: Tensor
+    scale: Tensor
+    tail: Tensor
+    spread: Tensor
+
+    def __init__(self, members: int, grid: int) -> None:
+        super().__init__()
+        self.register_buffer("place_mean", torch.zeros(members, grid, grid))
+        self.register_buffer("place_scale", torch.ones(members, grid, grid))
+        self.register_buffer("mean", torch.zeros(members))
+        self.register_buffer("scale", torch.ones(members))
+        self.register_buffer("tail", torch.zeros(()))
+        self.register_buffer("spread", torch.zeros(()))
+
+    def learn_places(self, maps: Tensor, prior: float) -> None:
+        """Mean and spread of each place, drawn towards those of all places by `prior` images, from maps (n, M, g, g)."""
+        exact = maps.double()
+        mean, scale = _places(exact.sum(0), exact.square().sum(0), len(maps), prior)
+        self.place_mean.copy_(mean)
+        self.place_scale.copy_(scale)
+
+    def learn_members(self, evidence: Tensor) -> None:
+        """Mean and spread of the members' evidence (n, M)."""
+        self.mean.copy_(evidence.mean(0))
+        self.scale.copy_(_spread(evidence))
+
+    def learn_sum(self, joined: Tensor) -> None:
+        """Tail and spread of the joined evidence (n,)."""
+        self.tail.copy_(joined.quantile(TAIL))
+        self.spread.copy_(_spread(joined[:, None])[0])
+
+    def places(self, maps: Tensor) -> Tensor:
+        """Maps (N, M, g, g) in units of their places."""
+        return (maps - self.place_mean) / self.place_scale
+
+    def members(self, evidence: Tensor) -> Tensor:
+        """Evidence (N, M) in units of the members."""
+        return (evidence - self.mean) / self.scale
+
+    def sum(self, joined: Tensor) -> Tensor:
+        """Joined evidence (N,) in units of the product."""
+        return (joined - self.tail) / self.spread
+
+
+class Ensemble(StatisticalDetector):
+    """Members joined through their out-of-fold scores; each keeps to the product that the ensemble recognises.
+
+    A member that maps (all but `opca` in its mode "pooled") gives as evidence the highest places of its map, after every
+    place was brought to the scale of normal images there; another gives its image score. Evidence z of the members, in
+    standard deviations, is joined as the norm of its soft positive part: a member that is alone in being sure is heard,
+    and the small disagreements that all normal images have do not add up.
+
+    shapes       (C, h, w) of each level
+    products     K, number of products, known in training only
+    parts        the members, which have not learnt yet, by name
+    members      their names, of the methods that learn in passes; each reads a section of its own
+    weights      one for each member
+    folds        parts into which the images of a product are dealt
+    statistics   images of a product at the most whose out-of-fold scores are kept for its scales
+    prior        images that the scale of a place must outvote to leave that of all places; a large number for products
+                 that do not lie still
+    power        of the norm that joins evidence
+    top          share of the highest places that make a map's evidence
+    grid         side of the maps in which places are compared
+    map_side, sigma   side of the score map and its blur, pixels
+    """
+
+    MEMBERS = ("neighbours", "opca")
+    wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "split": {"held_out": 0.0},
+        "features": {"layers": ["blocks.3", "blocks.4"], "pooled": ["blocks.5", "blocks.6"]},
+        "opca": {"mode": "pooled", "components": "all"},
+    }
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        products: int,
+        parts: Mapping[str, Detector],
+        members: tuple[str, ...] = MEMBERS,
+        weights: tuple[float, ...] = (1.0, 0.5),
+        folds: int = 4,
+        statistics: int = 256,
+        prior: float = 20.0,
+        power: float = 3.0,
+        top: float = 0.01,
+        grid: int = 32,
+        map_side: int = 256,
+        sigma: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(weights) != len(members) or any(weight <= 0 for weight in weights):
+            raise ConfigError(f"weights={list(weights)}: expected one above 0 for each of {len(members)} members")
+        for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, 2), "grid": (grid, 1)}.items():
+            if value < least:
+                raise ConfigError(f"{name}: got {value}, expected at least {least}")
+        if prior < 0 or power < 1:
+            raise ConfigError(f"prior={prior}, power={power}: expected at least 0 and at least 1")
+        self.weights, self.power, self.prior, self.top = tuple(weights), power, prior, top
+        self.folds, self.statistics, self.seed = folds, statistics, seed
+        self.grid, self.map_side, self.sigma = grid, map_side, sigma
+        self.members = nn.ModuleList(parts[name] for name in members)
+        self.local = torch.tensor([bool(getattr(part, "local", True)) for part in self.members])
+        self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
+        self.alignments = nn.ModuleList(Alignment(len(members), grid) for _ in range(products))
+        self._fitting: _CrossFit | None = None
+        self._dealt: Tensor | None = None
+
+    # Learning.
+
+    def begin(self, product: Tensor, unit: Tensor) -> None:
+        """Be told of all training images, in the order of the passes: products (n,) and units (n,).
+
+        Images of one unit, such as a capture group, share a fold. Without this call they are dealt as they come.
+        """
+        self._dealt = deal(product, unit, self.folds, self.seed)
+
+    @torch.no_grad()
+    def update(self, features: Features, product: Tensor) -> None:
+        """Take in a batch: to learn from or, out of fold, to score."""
+        if self._fitting is None:
+            self._fitting = _CrossFit(list(self.members), self.folds, self._dealt)
+        fitting = self._fitting
+        if fitting.first:
+            self.recogniser.update(features, product)
+        chosen = fitting.chosen(product)
+        if not bool(chosen.any()):
+            return
+        levels, y = [level[chosen] for level in features], product[chosen]
+        if fitting.scoring:
+            fitting.keep(y, *self._raw(fitting.working, levels, y), -(-self.statistics // self.folds))
+        else:
+            fitting.learn(levels, y)
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """End of a pass; after the last fold the scales are known, after the last pass the members."""
+        if self._fitting is None:
+            raise UnispectError("ensemble saw no image: call update with normal images before finish")
+        more = self._fitting.finish()
+        if self._fitting.ready:
+            self.recogniser.finish()
+            for y, (maps, images) in self._fitting.collected().items():
+                self._align(self.alignment(y), maps, images)
+        if not more:
+            self._fitting = self._dealt = None
+        return more
+
+    def alignment(self, product: int) -> Alignment:
+        """What is known of a product."""
+        part = self.alignments[product]
+        assert isinstance(part, Alignment)
+        return part
+
+    def _align(self, alignment: Alignment, maps: Tensor, images: Tensor) -> None:
+        """Scales of a product from raw maps (n, M, g, g) and image scores (n, M) that are out of fold.
+
+        The evidence of an image is measured with places whose scales leave it out, as a new image will be.
+        """
+        alignment.learn_places(maps, self.prior)
+        evidence = self._evidence(without_itself(maps, self.prior), images)
+        alignment.learn_members(evidence)
+        alignment.learn_sum(self._joined(alignment.members(evidence)))
+
+    # Products that come and go.
+
+    def add(self, other: Ensemble) -> None:
+        """The products of another detector of the same settings, after one's own, which are not touched."""
+        for part, new in zip(self.members, other.members, strict=True):
+            _holding(part).add(new)
+        self.recogniser.add(other.recogniser)
+        self.alignments.extend(other.alignments)
+
+    def remove(self, product: int) -> None:
+        """Forget a product; the numbers of later ones fall by one."""
+        for part in self.members:
+            _holding(part).remove(product)
+        self.recogniser.remove(product)
+        del self.alignments[product]
+
+    # Scoring.
+
+    @torch.no_grad()
+    def forward(self, features: Features) -> Scores:
+        """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
+        products = self.recogniser(features)
+        given = self.forward_given(features, products.argmax(1))
+        return Scores(given.image, given.maps, products, given.unaligned)
+
+    @torch.no_grad()
+    def forward_given(self, features: Features, product: Tensor) -> Scores:
+        """Scores under a product (N,)."""
+        maps, images = self._raw(list(self.members), features, product)
+        known = [self.alignment(y) for y in product.tolist()]
+        if any(float(alignment.spread) == 0 for alignment in known):
+            raise UnispectError("ensemble has not learnt this product yet: fit it on normal images first")
+        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
+        evidence = self._evidence(placed, images)
+        standard = torch.stack([alignment.members(row) for alignment, row in zip(known, evidence, strict=True)])
+        joined = self._joined(standard)
+        image = torch.stack([alignment.sum(value) for alignment, value in zip(known, joined, strict=True)])
+        raw = (self._evidence(maps, images) * self._weight(images)).sum(1)
+        return Scores(image, self._map(placed), unaligned=raw)
+
+    def _raw(self, members: Sequence[nn.Module], features: Features, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (N, M, g, g) and image scores (N, M) as the members give them."""
+        given = [_scored(part, features, product) for part in members]
+        maps = [interpolate(scores.maps[:, None], (self.grid, self.grid), mode="area")[:, 0] for scores in given]
+        return torch.stack(maps, 1), torch.stack([scores.image for scores in given], 1)
+
+    def _evidence(self, maps: Tensor, images: Tensor) -> Tensor:
+        """Highest places of the maps of members that map, image scores of the others, (N, M)."""
+        highest = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
+        return torch.where(self.local, highest.to(images), images)
+
+    def _joined(self, standard: Tensor) -> Tensor:
+        """Evidence of the members in standard deviations, (N, M) -> (N,)."""
+        joined: Tensor = torch.linalg.vector_norm(softplus(standard + LIFT) * self._weight(standard), self.power, dim=1)
+        return joined
+
+    def _weight(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.weights).to(like)
+
+    def _map(self, placed: Tensor) -> Tensor:
+        """Mean of the maps of members that map, or of all where none does, (N, M, g, g) -> (N, side, side)."""
+        weight = self._weight(placed) * (self.local if bool(self.local.any()) else 1)
+        mean = torch.einsum("nmhw,m->nhw", placed, weight / weight.sum())
+        return blurred(upsampled(mean, self.map_side, aligned=False), self.sigma)
+
+
+class _CrossFit:
+    """Where the learning of an ensemble stands: copies of its members fold by fold, then the members themselves."""
+
+    def __init__(self, members: list[nn.Module], folds: int, dealt: Tensor | None) -> None:
+        self.members, self.folds, self.dealt = members, folds, dealt
+        self.fold, self.scoring, self.seen, self.first = 0, False, 0, True
+        self.working = deepcopy(members)
+        self.pending = self.working
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._count: dict[tuple[int, int], int] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether the last fold has just been scored."""
+        return self.fold == self.folds and bool(self._kept)
+
+    def chosen(self, product: Tensor) -> Tensor:
+        """Which images of a batch are to be learnt from or, in scoring, to be scored, (N,) bool."""
+        place = torch.arange(self.seen, self.seen + len(product))
+        self.seen += len(product)
+        own = (place % self.folds if self.dealt is None else self.dealt[place]) == self.fold
+        return own if self.scoring else ~own
+
+    def learn(self, levels: Features, product: Tensor) -> None:
+        """A batch for the members that want this pass."""
+        for part in self.pending:
+            assert isinstance(part, StatisticalDetector)
+            part.update(levels, product)
+
+    def keep(self, product: Tensor, maps: Tensor, images: Tensor, most: int) -> None:
+        """Raw maps (N, M, g, g) and image scores (N, M), at most so many of each product and fold."""
+        for row, y in enumerate(product.tolist()):
+            self._count[self.fold, y] = self._count.get((self.fold, y), 0) + 1
+            if self._count[self.fold, y] <= most:
+                self._kept.setdefault(y, []).append((maps[row].clone(), images[row].clone()))
+
+    def collected(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Kept maps (n, M, g, g) and image scores (n, M) of each product; they are let go."""
+        kept, self._kept = self._kept, {}
+        return {
+            y: (torch.stack([maps for maps, _ in rows]), torch.stack([row for _, row in rows])) for y, rows in kept.items()
+        }
+
+    def finish(self) -> bool:
+        """End of a pass; True where one more is wanted."""
+        self.seen, self.first = 0, False
+        if self.scoring:
+            self.scoring, self.fold = False, self.fold + 1
+            self.working = self.members if self.fold == self.folds else deepcopy(self.members)
+            self.pending = self.working
+            return True
+        self.pending = [part for part in self.pending if isinstance(part, StatisticalDetector) and part.finish()]
+        self.scoring = not self.pending and self.fold < self.folds
+        return bool(self.pending) or self.scoring
+
+
+def deal(product: Tensor, unit: Tensor, folds: int, seed: int) -> Tensor:
+    """Fold of each image, (n,): the units of each product are shuffled and dealt, images of one unit together."""
+    dealt = torch.zeros_like(product)
+    for y in product.unique().tolist():
+        own = product == y
+        names, place = unit[own].unique(return_inverse=True)
+        if len(names) < 2:  # nothing would be left to learn from
+            names = place = torch.arange(int(own.sum()))
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        dealt[own] = (order % folds)[place]
+    return dealt
+
+
+def without_itself(maps: Tensor, prior: float) -> Tensor:
+    """Each of some maps (n, M, g, g) in units of its places, measured on the others alone."""
+    maps = maps.double()
+    if len(maps) < 3:
+        mean, scale = _places(maps.sum(0), maps.square().sum(0), len(maps), prior)
+        return ((maps - mean) / scale).float()
+    total, square = maps.sum(0), maps.square().sum(0)
+    mean, scale = _places(total - maps, square - maps.square(), len(maps) - 1, prior)
+    return ((maps - mean) / scale).float()
+
+
+def _places(total: Tensor, square: Tensor, count: int, prior: float) -> tuple[Tensor, Tensor]:
+    """Mean and spread of each place from sums over images (..., g, g), drawn towards those of all places."""
+    mean = total / count
+    variance = (square / count - mean.square()).clamp(min=0)
+    typical, spread = mean.mean((-2, -1), keepdim=True), variance.mean((-2, -1), keepdim=True)
+    drawn = (count * variance + prior * spread) / (count + prior)
+    least = 1e-6 * typical.abs() + 1e-9
+    return (count * mean + prior * typical) / (count + prior), drawn.sqrt().clamp(min=least)
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Standard deviation of columns (n, M) -> (M,), never 0; of a single row, the size of its values."""
+    found = values.std(0) if len(values) > 1 else values[0].abs()
+    return found.clamp(min=1e-6 * values.abs().mean(0) + 1e-9)
+
+
+def _scored(part: nn.Module, features: Features, product: Tensor) -> Scores:
+    """What a member says, under the product where it can be told one."""
+    if isinstance(part, TakesProduct):
+        return part.forward_given(features, product)
+    scores: Scores = part(features)
+    return scores
+
+
+def _holding(part: nn.Module) -> HoldsProducts:
+    if not isinstance(part, HoldsProducts):
+        raise ConfigError(f"{type(part).__name__} learns all products as one: none can be added to or removed from it alone")
+    return part

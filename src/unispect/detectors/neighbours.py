@@ -1,0 +1,215 @@
+"""Distance of each patch to its nearest normal ones, in units of what is usual among those: PatchCore made relative.
+
+A memory bank as in Towards total recall in industrial anomaly detection (Roth et al., 2022), https://arxiv.org/abs/2106.08265,
+one for each product, of features whose channels are half-way whitened. The unit is the idea of LOF: identifying
+density-based local outliers (Breunig, Kriegel, Ng, Sander, 2000): a gap that is large between patches of a plain
+surface is nothing between patches of a rough one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from unispect.detectors.base import StatisticalDetector
+from unispect.errors import ConfigError, UnispectError
+from unispect.nn.buffers import Learnt
+from unispect.nn.gaussian import Moments
+from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.memory import Coreset, nearest
+from unispect.nn.recognition import Recogniser
+from unispect.types import Features, Scores
+
+FLOOR = 1e-4  # of the mean variance: a direction with less counts as having that
+PLAIN = 0.3  # of the mean local distance is added to each, so that duplicates do not make it 0
+
+
+class Neighbourhood(Learnt):
+    """Normal patches of one product: a linear map of the features, a coreset in it and the distances usual there."""
+
+    shift: Tensor
+    whiten: Tensor
+    bank: Tensor
+    usual: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("whiten", torch.zeros(channels, channels))
+        self.register_buffer("bank", torch.zeros(0, channels))
+        self.register_buffer("usual", torch.zeros(0))
+
+    def white(self, vectors: Tensor) -> Tensor:
+        """(n, C) -> (n, C)."""
+        return (vectors - self.shift) @ self.whiten
+
+    def measure(self, moments: Moments, widths: Sequence[int], power: float) -> None:
+        """Each level to a total variance of 1, then the covariance to its power 1 - `power`, whose trace becomes 1."""
+        covariance = moments.covariance()[0]
+        blocks = covariance.diagonal().split(list(widths))
+        scale = torch.cat([block.sum().clamp(min=1e-12).rsqrt().expand(len(block)) for block in blocks])
+        values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
+        values = values.clamp(min=max(FLOOR * float(values.mean()), 1e-12))
+        root = (vectors * values.pow(-power / 2)) @ vectors.mT / values.pow(1 - power).sum().sqrt()
+        self.shift = moments.mean()[0].float()
+        self.whiten = (scale[:, None] * root).float()
+
+    def keep(self, bank: Tensor, around: int) -> None:
+        """Hold a coreset (m, C), and the mean distance of each of its vectors to the `around` nearest others."""
+        self.bank = bank
+        if len(bank) == 1:
+            self.usual = bank.new_ones(1)
+            return
+        self.usual = nearest(bank, bank, min(around, len(bank) - 1) + 1)[0][:, 1:].mean(1)
+
+    def forward(self, vectors: Tensor, neighbours: int, support: int) -> Tensor:
+        """Relative distance of vectors, (n, C) -> (n,)."""
+        distances, places = nearest(self.white(vectors), self.bank, max(neighbours, support))
+        usual: Tensor = self.usual[places[:, :support]].mean(1) + PLAIN * self.usual.mean() + 1e-6
+        return distances[:, :neighbours].mean(1) / usual
+
+
+class Neighbours(StatisticalDetector):
+    """Mean distance to the nearest of the product's bank over the distance that is usual around them.
+
+    Two passes: the covariance of each product, then its coreset.
+
+    shapes        (C, h, w) of each level; the dense ones are used, brought to the largest grid, or the pooled ones
+                  where there is none
+    products      K, number of products, known in training only; the product of an image is recognised from its pooled
+                  features
+    neighbours    nearest vectors whose distance is averaged
+    support       nearest vectors over which the usual distance is averaged
+    around        others in the bank to which the usual distance of a vector is measured
+    whitening     0: features as they are, each level at one scale; 1: fully whitened; 0.5: half-way
+    coreset       share of a product's patches in its bank
+    max_bank_vectors   in all banks together; each product has an equal share
+    max_ram       MiB for the patches held while the coresets are chosen, all products together
+    projection    channels of the random projection in which coresets are chosen
+    top           share of the highest places that make the image score
+    map_side, sigma   side of the score map and its blur, pixels
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        products: int,
+        neighbours: int = 3,
+        support: int = 20,
+        around: int = 50,
+        whitening: float = 0.5,
+        coreset: float = 0.18,
+        max_bank_vectors: int = 60_000,
+        max_ram: float = 1024.0,
+        projection: int = 32,
+        top: float = 0.01,
+        map_side: int = 256,
+        sigma: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, count in {"neighbours": neighbours, "support": support, "around": around}.items():
+            if count < 1:
+                raise ConfigError(f"{name}: got {count}, expected at least 1")
+        if not 0 <= whitening <= 1:
+            raise ConfigError(f"whitening: got {whitening}, expected a number from 0 to 1")
+        if not 0 < coreset <= 1:
+            raise ConfigError(f"coreset: got {coreset:g}, expected a share above 0 and at most 1")
+        if max_bank_vectors < products:
+            raise ConfigError(f"max_bank_vectors: got {max_bank_vectors}, expected one for each of {products} products")
+        self.neighbours, self.support, self.around, self.whitening = neighbours, support, around, whitening
+        self.coreset, self.most, self.max_ram = coreset, max_bank_vectors // products, max_ram / products
+        self.projection, self.top, self.seed = projection, top, seed
+        self.map_side, self.sigma = map_side, sigma
+        dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
+        self.levels = dense or list(range(len(shapes)))
+        self.widths = [shapes[number][0] for number in self.levels]
+        self.grid = max(shapes[number][1:] for number in self.levels)
+        self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
+        self.products = nn.ModuleList(Neighbourhood(sum(self.widths)) for _ in range(products))
+        self._sums: dict[int, Moments] = {}
+        self._coresets: dict[int, Coreset] = {}
+
+    def product(self, number: int) -> Neighbourhood:
+        """What is known of a product."""
+        part = self.products[number]
+        assert isinstance(part, Neighbourhood)
+        return part
+
+    def embed(self, features: Features) -> Tensor:
+        """Vectors of all places, L levels (N, C, h, w) -> (N, h*w, C of all levels)."""
+        levels = [interpolate(features[number], self.grid, mode="bilinear", align_corners=False) for number in self.levels]
+        return torch.cat(levels, 1).flatten(2).mT
+
+    # Learning, image by image: what is learnt of a product does not depend on what shares a batch with it.
+
+    @torch.no_grad()
+    def update(self, features: Features, product: Tensor) -> None:
+        """Take in a batch: sums in the first pass, candidates for the banks in the second."""
+        if not self._coresets:
+            self.recogniser.update(features, product)
+        for vectors, y in zip(self.embed(features), product.tolist(), strict=True):
+            if self._coresets:
+                self._coresets[y].add(self.product(y).white(vectors), torch.zeros(len(vectors), dtype=torch.int64))
+                continue
+            if y not in self._sums:
+                self._sums[y] = Moments(1, vectors.shape[1], vectors.double().mean(0))
+            self._sums[y].add(torch.tensor([0]), vectors[None])
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """After the first pass the features can be whitened, after the second the banks are chosen."""
+        if self._coresets:
+            for y, coreset in self._coresets.items():
+                self.product(y).keep(coreset.chosen()[0], self.around)
+            self._coresets = {}
+            return False
+        if not self._sums:
+            raise UnispectError("neighbours saw no image: call update with normal images before finish")
+        self.recogniser.finish()
+        for y, moments in self._sums.items():
+            self.product(y).measure(moments, self.widths, self.whitening)
+        self._coresets, self._sums = {y: self._empty() for y in self._sums}, {}
+        return True
+
+    def _empty(self) -> Coreset:
+        return Coreset(sum(self.widths), self.coreset, self.most, self.max_ram, self.projection, seed=self.seed)
+
+    # Products that come and go.
+
+    def add(self, other: Neighbours) -> None:
+        """The products of another detector of the same settings, after one's own, which are not touched."""
+        self.recogniser.add(other.recogniser)
+        self.products.extend(other.products)
+
+    def remove(self, product: int) -> None:
+        """Forget a product; the numbers of later ones fall by one."""
+        self.recogniser.remove(product)
+        del self.products[product]
+
+    # Scoring.
+
+    @torch.no_grad()
+    def forward(self, features: Features) -> Scores:
+        """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
+        products = self.recogniser(features)
+        given = self.forward_given(features, products.argmax(1))
+        return Scores(given.image, given.maps, products)
+
+    @torch.no_grad()
+    def forward_given(self, features: Features, product: Tensor) -> Scores:
+        """Scores under a product (N,)."""
+        rows = [self._distances(image, y) for image, y in zip(self.embed(features), product.tolist(), strict=True)]
+        distances = torch.stack(rows).unflatten(1, self.grid)
+        maps = upsampled(distances, self.map_side, aligned=False)
+        return Scores(top_mean(distances, self.top), blurred(maps, self.sigma))
+
+    def _distances(self, vectors: Tensor, product: int) -> Tensor:
+        known = self.product(product)
+        if not len(known.bank):
+            raise UnispectError("neighbours has learnt nothing yet: fit it on normal images first")
+        distances: Tensor = known(vectors, self.neighbours, self.support)
+        return distances
