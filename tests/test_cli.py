@@ -191,7 +191,8 @@ def test_methods_and_their_papers(run: Run) -> None:
         cited = run("cite", name)
         assert "@software{unispect" in cited.out
         assert cited.out.count("{") == cited.out.count("}")
-        assert "Yao, Xincheng" in cited.out
+        assert cited.out.count("@") == 2
+    assert "Yao, Xincheng" in run("cite").out
 
 
 def test_doctor_knows_the_machine(run: Run) -> None:

@@ -322,7 +322,7 @@ def _summary(inspector: Inspector, out: Path) -> str:
     from unispect.decide.conformal import band
 
     split, history, rate = inspector.split, inspector.facts["history"], inspector.false_alarm_rate
-    low, high = band(len(inspector.calibration.images.scores), rate)
+    low, high = band(len(inspector.calibration.scores), rate)
     how = "found by clustering" if inspector.facts["clustered"] else "named in the data"
     lines = [
         f"Products ({how}): {', '.join(inspector.products)}",
@@ -336,6 +336,81 @@ def _summary(inspector: Inspector, out: Path) -> str:
     broken = inspector.facts["failures"]
     lines += [f"Left out, as they cannot be read: {len(broken)}", *(f"  {text}" for text in broken)] if broken else []
     return "\n".join([*lines, f"Model: {out}"])
+
+
+# products
+
+
+@app.command()
+def products(
+    model: Model,
+    action: Annotated[str, typer.Argument(help="list, add or remove.")] = "list",
+    name: Annotated[str | None, typer.Argument(help="Of the product to add or remove.")] = None,
+    data: Annotated[
+        Path | None, typer.Argument(help="For add: its good images, a folder of them or one laid out for fit.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the changed model; in place unless given.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="For add: the product is known and is learnt anew.")] = False,
+    as_json: Json = False,
+    strict: Strict = False,
+    cache: Cache = None,
+) -> None:
+    """List the products of a model, or change one without touching what is known of the others."""
+    from unispect.features.cache import FeatureCache
+    from unispect.inspector import Inspector
+
+    _check_action(action, name, data)
+    if out is not None:
+        _check_free(out, overwrite=False)
+    inspector = Inspector.load(model)
+    if action == "list" or name is None:
+        print(json.dumps(inspector.counts(), indent=1) if as_json else _products_text(inspector))
+        return
+    if data is None:
+        changed = inspector.without_product(name)
+    else:
+        with _Bars() as bars:
+            images, kept = _good_images(data, name), FeatureCache(cache)
+            changed = inspector.with_product(name, images, replace=replace, cache=kept, strict=strict, progress=bars)
+    changed.save(out or model, overwrite=out is None)
+    print(_products_text(changed))
+    print(f"Model: {out or model}")
+
+
+def _check_action(action: str, name: str | None, data: Path | None) -> None:
+    wanted = {"list": (False, False), "remove": (True, False), "add": (True, True)}
+    if action not in wanted:
+        raise ConfigError(unknown_name("action", action, wanted))
+    if (name is not None, data is not None) != wanted[action]:
+        usage = {"list": "", "remove": " NAME", "add": " NAME DATA"}[action]
+        raise ConfigError(f"products: expected `unispect products MODEL {action}{usage}`")
+
+
+def _good_images(data: Path, name: str) -> list[Record]:
+    """The good images of one product: its own of a layout that names products, or all that are there."""
+    from unispect.data.datasets import read_data
+    from unispect.data.folder import images_below
+    from unispect.data.records import Record
+
+    if data.is_dir() and not any(folder.is_dir() for folder in data.rglob("train")):
+        return [Record(path, name, 0) for path in images_below(data)]
+    records = [record for record in read_data(data) if record.split == "train"]
+    named = {record.product for record in records}
+    if len(named) > 1 and name not in named:
+        known = ", ".join(sorted(map(str, named)))
+        raise DataError(f"{data}: holds the products {known} and no {name!r}: name one of them, or give the folder of one")
+    return [record for record in records if len(named) == 1 or record.product == name]
+
+
+def _products_text(inspector: Inspector) -> str:
+    rows = inspector.counts()
+    width = max(len(str(name)) for name in rows)
+    lines = [f"{'product':{max(width, 7)}}  learnt from  calibration"]
+    lines += [f"{name:{max(width, 7)}}  {row['train']:11}  {row['calibration']:11}" for name, row in rows.items()]
+    rate = f"Threshold: {inspector.threshold:.6g}, for at most {inspector.false_alarm_rate:.2%} false alarms"
+    return "\n".join([*lines, rate])
 
 
 # inspect
@@ -705,6 +780,85 @@ PAPERS = {
   booktitle = {European Conference on Computer Vision},
   year = {2024},
   note = {arXiv:2403.13349}
+}""",
+    ),
+    "ensemble": Paper(
+        "Stacked generalization (the idea of learning from scores out of fold; the detector is unispect's own)",
+        "https://doi.org/10.1016/S0893-6080(05)80023-1",
+        "several methods joined by what each says of normal images that it has not learnt; the strongest on real products",
+        """\
+@article{wolpert1992stacked,
+  title = {Stacked generalization},
+  author = {Wolpert, David H.},
+  journal = {Neural Networks},
+  volume = {5},
+  number = {2},
+  pages = {241--259},
+  year = {1992}
+}""",
+    ),
+    "neighbours": Paper(
+        "LOF: identifying density-based local outliers (the idea of relative distance; the detector is unispect's own)",
+        "https://doi.org/10.1145/335191.335388",
+        "distance of each patch to the nearest normal ones of its product, in units of what is usual around them",
+        """\
+@inproceedings{breunig2000lof,
+  title = {{LOF}: identifying density-based local outliers},
+  author = {Breunig, Markus M. and Kriegel, Hans-Peter and Ng, Raymond T. and Sander, J{\\"o}rg},
+  booktitle = {ACM SIGMOD International Conference on Management of Data},
+  year = {2000}
+}""",
+    ),
+    "opca": Paper(
+        "Build Gaussian Distribution Under Deep Features for Anomaly Detection and Localization",
+        "https://doi.org/10.32604/jnm.2022.032447",
+        "a Gaussian for each product and level on the principal components of least variance",
+        """\
+@article{wang2022build,
+  title = {Build {G}aussian Distribution Under Deep Features for Anomaly Detection and Localization},
+  author = {Wang, Mei and Xu, Hao and Chen, Yadang},
+  journal = {Journal of New Media},
+  year = {2022},
+  doi = {10.32604/jnm.2022.032447}
+}""",
+    ),
+    "padim": Paper(
+        "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization",
+        "https://arxiv.org/abs/2011.08785",
+        "a Gaussian at every place of the feature grid, one set for all products",
+        """\
+@inproceedings{defard2020padim,
+  title = {{PaDiM}: a Patch Distribution Modeling Framework for Anomaly Detection and Localization},
+  author = {Defard, Thomas and Setkov, Aleksandr and Loesch, Angelique and Audigier, Romaric},
+  booktitle = {ICPR International Workshops and Challenges},
+  year = {2021},
+  note = {arXiv:2011.08785}
+}""",
+    ),
+    "patchcore": Paper(
+        "Towards total recall in industrial anomaly detection",
+        "https://arxiv.org/abs/2106.08265",
+        "distance of each patch to the nearest of a coreset of normal patches of all products",
+        """\
+@inproceedings{roth2022towards,
+  title = {Towards total recall in industrial anomaly detection},
+  author = {Roth, Karsten and Pemula, Latha and Zepeda, Joaquin and Sch{\\"o}lkopf, Bernhard and Brox, Thomas
+    and Gehler, Peter},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2022},
+  note = {arXiv:2106.08265}
+}""",
+    ),
+    "spade": Paper(
+        "Sub-image anomaly detection with deep pyramid correspondences",
+        "https://arxiv.org/abs/2005.02357",
+        "distance to the nearest normal images, and of each place to the places of those images",
+        """\
+@misc{cohen2020subimage,
+  title = {Sub-image anomaly detection with deep pyramid correspondences},
+  author = {Cohen, Niv and Hoshen, Yedid},
+  year = {2020},
+  note = {arXiv:2005.02357}
 }""",
     ),
 }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from dataclasses import replace as renamed
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ from unispect.data.folder import images_below
 from unispect.data.leak import Seen
 from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
-from unispect.data.records import Record, Split, content_hash, split_normals
+from unispect.data.records import ROLES, Record, Split, content_hash, split_normals
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
-from unispect.detectors.base import Detector, GradientDetector, Recipe, StatisticalDetector, TakesProduct
+from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
 from unispect.features.cache import FeatureCache
@@ -149,7 +152,7 @@ class Inspector:
     @property
     def smallest_false_alarm_rate(self) -> float:
         """The lowest rate that the calibration images can support."""
-        return smallest_rate(len(self.calibration.images.scores))
+        return smallest_rate(len(self.calibration.scores))
 
     @property
     def takes_product(self) -> bool:
@@ -159,7 +162,7 @@ class Inspector:
     @property
     def seen(self) -> Seen:
         """The images it has learnt from, held out or was calibrated on: what `evaluate` must not be given again."""
-        return Seen.of(self.split, {content: bytes.fromhex(mark) for content, mark in self.facts.get("marks", {}).items()})
+        return Seen.of(self.split, {content: bytes.fromhex(mark) for content, mark in self.facts["marks"].items()})
 
     @classmethod
     def fit(
@@ -334,9 +337,100 @@ class Inspector:
         config = merge(self.config, {"decision": {"false_alarm_rate": rate}})
         return Inspector(config, self.products, self.engine, self.detector, self.calibration, self.split, self.facts)
 
+    def with_product(
+        self,
+        name: str,
+        records: Sequence[Record],
+        *,
+        replace: bool = False,
+        cache: FeatureCache | None = None,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> Inspector:
+        """The same model and one more product, learnt from its good training images alone.
+
+        Nothing that is known of the other products is touched: their images score the same, bit by bit, unless they are
+        taken for the new one. The threshold is set anew from the calibration images of all; those of the other products
+        keep the scores that they had.
+
+        replace   the product is known, and what is known of it is forgotten first
+
+        Raises ConfigError where the name is taken or the method learns all products as one, and what `fit` raises.
+        """
+        holding = self._holding()
+        if (name in self.products) != replace:
+            why = "does not know it: add it without replace" if replace else "knows it already: replace it (--replace)"
+            raise ConfigError(f"product {name!r}: the model {why}")
+        own = [renamed(record, product=name) for record in records if record.split == "train"]
+        run = _Fit(self.config, cache or FeatureCache(), None, strict, progress)
+        part, split, facts = run.run_more(own, self.engine)
+        if facts["shapes"] != self.facts["shapes"]:
+            raise DataError(f"product {name!r}: its features are {facts['shapes']}, expected {self.facts['shapes']}")
+        detector = deepcopy(holding)
+        detector.add(part)
+        if replace:
+            detector.remove(self.products.index(name))
+        assert isinstance(detector, Detector)
+        calibration, notes = run.calibrate_more(detector, split, self.engine)
+        old, scores, known = self._without(name) if replace else (self.split, self.calibration, self.facts)
+        merged = _split_of(
+            {role: getattr(old, role) + getattr(split, role) for role in ROLES}, {**old.hashes, **split.hashes}
+        )
+        about = known | {"failures": known["failures"] + notes["failures"], "marks": known["marks"] | notes["marks"]}
+        names = [other for other in self.products if other != name]
+        return Inspector(self.config, [*names, name], self.engine, detector, scores.with_also(calibration), merged, about)
+
+    def without_product(self, name: str) -> Inspector:
+        """The same model without a product, whose images and scores leave it, too.
+
+        Raises ConfigError for an unknown or the only product, or a method that learns all products as one;
+        CalibrationError where the images that are left cannot support the promised rate.
+        """
+        holding = self._holding()
+        if name not in self.products:
+            raise ConfigError(unknown_name("product", name, self.products))
+        if len(self.products) == 1:
+            raise ConfigError(f"product {name!r} is the only one that the model knows: a model of nothing can judge nothing")
+        detector = deepcopy(holding)
+        detector.remove(self.products.index(name))
+        assert isinstance(detector, Detector)
+        split, calibration, facts = self._without(name)
+        names = [known for known in self.products if known != name]
+        return Inspector(self.config, names, self.engine, detector, calibration, split, facts)
+
+    def _without(self, name: str) -> tuple[Split, Calibration, dict[str, Any]]:
+        """The images, calibration scores and facts of all other products."""
+        kept = {role: tuple(record for record in getattr(self.split, role) if record.product != name) for role in ROLES}
+        split = _split_of(kept, self.split.hashes)
+        hashes = {split.hashes[record.path] for role in ROLES for record in kept[role]}
+        marks = {content: mark for content, mark in self.facts["marks"].items() if content in hashes}
+        return split, self.calibration.without(name), self.facts | {"marks": marks}
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many images of each product were learnt from, held out and used to calibrate; clusters are not told apart."""
+        named = [None] if self.facts["clustered"] else list(self.products)
+        return {
+            name or ", ".join(self.products): {
+                role: sum(record.product == name for record in getattr(self.split, role)) for role in ROLES
+            }
+            for name in named
+        }
+
+    def _holding(self) -> HoldsProducts:
+        """The detector, which knows its products one by one."""
+        if self.facts["clustered"]:
+            raise ConfigError("the products of this model were found by clustering and have no names: fit it on named ones")
+        if not isinstance(self.detector, HoldsProducts):
+            able = ", ".join(name for name, kind in METHODS.items() if hasattr(kind, "remove"))
+            raise ConfigError(
+                f"method {self.config['method']!r} learns all products as one, so none can be added or removed alone: "
+                f"fit it again on all, or use one of {able}"
+            )
+        return self.detector
+
     def card(self) -> str:
         """What the model is, in words a person can file: data, settings, promise and limits."""
-        size, rate = len(self.calibration.images.scores), self.false_alarm_rate
+        size, rate = len(self.calibration.scores), self.false_alarm_rate
         low, high = band(size, rate)
         kinds = "found by clustering: no product was named" if self.facts["clustered"] else "named in the data"
         lines = [
@@ -358,27 +452,78 @@ class Inspector:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scores of the calibration normals: of images, of the highest place of each map, and the median place."""
+    """What the calibration normals scored, image by image, so that products can come and go.
 
-    images: ConformalRule
-    pixels: ConformalRule
-    median: float
+    scores     (n,) of the images
+    peaks      (n,) of the highest place of each map
+    medians    (n,) of the median place of each map
+    products   name of each image's product; None where the data names none
+    """
+
+    scores: np.ndarray
+    peaks: np.ndarray
+    medians: np.ndarray
+    products: tuple[str | None, ...]
+
+    @cached_property
+    def images(self) -> ConformalRule:
+        """The rule for images."""
+        return ConformalRule(self.scores)
+
+    @cached_property
+    def pixels(self) -> ConformalRule:
+        """The rule for places: that of the highest place of an image."""
+        return ConformalRule(self.peaks)
+
+    @cached_property
+    def median(self) -> float:
+        """The median place of normal images."""
+        return float(np.median(self.medians))
 
     def scaled(self, scores: np.ndarray, threshold: float) -> np.ndarray:
         """A map in units of the calibration normals: 0 is their median, 1 the pixel threshold."""
         return ((scores - self.median) / max(threshold - self.median, 1e-9)).astype(np.float32)
 
+    def with_also(self, other: Calibration) -> Calibration:
+        """These images and those of another."""
+        return Calibration(
+            np.concatenate((self.scores, other.scores)),
+            np.concatenate((self.peaks, other.peaks)),
+            np.concatenate((self.medians, other.medians)),
+            self.products + other.products,
+        )
+
+    def without(self, product: str) -> Calibration:
+        """The images of all other products."""
+        kept = np.array([name != product for name in self.products], bool)
+        names = tuple(name for name in self.products if name != product)
+        return Calibration(self.scores[kept], self.peaks[kept], self.medians[kept], names)
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"images": self.images.as_dict(), "pixels": self.pixels.as_dict(), "median": self.median}
+        """Plain values for JSON; every score comes back bit by bit."""
+        numbers = {name: getattr(self, name).tolist() for name in ("scores", "peaks", "medians")}
+        return {"rule": "conformal"} | numbers | {"products": list(self.products)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Calibration:
-        """What `as_dict` gave."""
-        rules = {name: ConformalRule.from_dict(table[name]) for name in ("images", "pixels")}
-        return cls(median=float(table["median"]), **rules)
+        """What `as_dict` gave.
+
+        Raises StoreError where it is damaged or of an older unispect.
+        """
+        try:
+            scores, peaks, medians = (np.array(table[name], np.float64) for name in ("scores", "peaks", "medians"))
+            names = tuple(table["products"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"the calibration is damaged or of an older unispect ({error!r}): fit the model again"
+            ) from error
+        if table.get("rule") != "conformal" or not len(scores) == len(peaks) == len(medians) == len(names):
+            raise StoreError(
+                f"the calibration has rule={table.get('rule')!r} and lists of unlike length: fit the model again"
+            )
+        return cls(scores, peaks, medians, names)
 
 
 class _Fit:
@@ -399,29 +544,41 @@ class _Fit:
         if len(split.calibration) < needed(rate):
             ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
-        wanted = ("train", "held_out") if issubclass(METHODS[self.config["method"]], GradientDetector) else ("train",)
+        names, detector, facts = self._learnt(split, eyes)
+        calibration = self._calibrate(detector.eval(), split, eyes)
+        self._check_calibration(calibration)
+        return Inspector(self.config, names, eyes, detector, calibration, split, facts | self._notes())
+
+    def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Split, dict[str, Any]]:
+        """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
+        split = self._split(data)
+        _, detector, facts = self._learnt(split, eyes)
+        return detector.eval(), split, facts
+
+    def calibrate_more(self, detector: Detector, split: Split, eyes: Engine) -> tuple[Calibration, dict[str, Any]]:
+        """Scores of the calibration images of a split, and what is to be noted of all images."""
+        return self._calibrate(detector, split, eyes), self._notes()
+
+    def _learnt(self, split: Split, eyes: Engine) -> tuple[list[str], Detector, dict[str, Any]]:
+        """Names of the products, the learnt detector and facts about it."""
+        gradients = issubclass(METHODS[self.config["method"]], GradientDetector)
+        wanted = ("train", "held_out") if gradients else ("train",)
         roles = {name: self._features(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
-        train, held_out = (
-            Labelled(roles[name][0], labels[name], _units(roles[name][1])) if name in roles else None
-            for name in ("train", "held_out")
-        )
-        assert train is not None
-        _check_enough(train.product, names)
-        shapes = train.features.shapes
+        data = {name: Labelled(found, labels[name], _units(records)) for name, (found, records) in roles.items()}
+        _check_enough(data["train"].product, names)
+        shapes = data["train"].features.shapes
         detector = build(self.config, shapes, len(names))
-        history, passes = self._learn(detector, train, held_out, self._identity(split, eyes))
-        calibration = self._calibrate(detector.eval(), split, eyes)
-        facts = {
-            "features": eyes.fingerprint,
-            "shapes": [list(shape) for shape in shapes],
-            "clustered": clustered,
-            "history": asdict(history),
-            "passes": passes,
+        history, passes = self._learn(detector, data["train"], data.get("held_out"), self._identity(split, eyes))
+        about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
+        return names, detector, about | {"history": asdict(history), "passes": passes}
+
+    def _notes(self) -> dict[str, Any]:
+        """Facts about the images."""
+        return {
             "failures": [f"{failure.path}: {failure.reason}" for failure in self.failures],
             "marks": {content: mark.hex() for content, mark in self.marks.items()},
         }
-        return Inspector(self.config, names, eyes, detector, calibration, split, facts)
 
     def _learn(self, detector: Detector, train: Labelled, held_out: Labelled | None, identity: str) -> tuple[History, int]:
         """What a loop saw of held-out images, and the number of passes for statistics."""
@@ -514,21 +671,26 @@ class _Fit:
         return names, dict(zip(counts, parts, strict=True)), True
 
     def _calibrate(self, detector: Detector, split: Split, eyes: Engine) -> Calibration:
-        features, _ = self._features(split.calibration, split, eyes, "calibration")
-        images, peaks, medians = [], [], []
+        features, records = self._features(split.calibration, split, eyes, "calibration")
+        images: list[float] = []
+        peaks: list[float] = []
+        medians: list[float] = []
         with torch.inference_mode():
             for _, levels in features.batches(8):
                 scores = detector(levels)
                 images += scores.image.tolist()
                 peaks += scores.maps.flatten(1).amax(1).tolist()
                 medians += scores.maps.flatten(1).median(1).values.tolist()
-        if len(images) < needed(self.config["decision"]["false_alarm_rate"]):
+        names = tuple(record.product for record in records)
+        return Calibration(np.array(images), np.array(peaks), np.array(medians), names)
+
+    def _check_calibration(self, calibration: Calibration) -> None:
+        rate, count = self.config["decision"]["false_alarm_rate"], len(calibration.scores)
+        if count < needed(rate):
             raise CalibrationError(
-                f"{len(images)} readable calibration images cannot support "
-                f"false_alarm_rate={self.config['decision']['false_alarm_rate']}: "
-                f"at least {needed(self.config['decision']['false_alarm_rate'])} are needed"
+                f"{count} readable calibration images cannot support false_alarm_rate={rate}: "
+                f"at least {needed(rate)} are needed"
             )
-        return Calibration(ConformalRule(np.array(images)), ConformalRule(np.array(peaks)), float(np.median(medians)))
 
     def _step(self, done: int, total: int, losses: dict[str, float]) -> None:
         self.tell("training", done, total, losses)
@@ -547,6 +709,10 @@ def _learning(facts: Mapping[str, Any]) -> str:
 
 def _numbers(records: Sequence[Record], place: Mapping[str, int]) -> np.ndarray:
     return np.array([place[str(record.product)] for record in records], dtype=np.int64)
+
+
+def _split_of(roles: Mapping[str, tuple[Record, ...]], hashes: Mapping[Path, str]) -> Split:
+    return Split(roles["train"], roles["held_out"], roles["calibration"], hashes)
 
 
 def _units(records: Sequence[Record]) -> np.ndarray:

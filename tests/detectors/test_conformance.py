@@ -64,8 +64,8 @@ SMALL = {
     "padim": {"map_side": SIDE, "sigma": 1.0},
     "patchcore": {"map_side": SIDE, "sigma": 1.0, "dimension": 32, "coreset": 0.5},
     "spade": {"map_side": SIDE, "sigma": 1.0},
-    "neighbours": {"map_side": SIDE, "sigma": 1.0, "coreset": 0.6, "around": 10},
-    "ensemble": {"map_side": SIDE, "sigma": 1.0, "grid": 8},
+    "neighbours": {"map_side": SIDE, "sigma": 1.0, "bank_images": 12.5, "around": 10},
+    "ensemble": {"map_side": SIDE, "sigma": 1.0},
 }
 
 every_case = pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{case.method}-{n}" for n, case in enumerate(CASES)])

@@ -91,3 +91,46 @@ def test_whitening_has_a_floor() -> None:
     white = whitening(torch.diag(torch.tensor([4.0, 2.0, 0.0, 1e-9], dtype=torch.float64)), floor=0.01)
     torch.testing.assert_close(white.diagonal() ** -2, torch.tensor([4.0, 2.0, 0.015, 0.015], dtype=torch.float64))
     assert torch.isfinite(whitening(torch.zeros(3, 3))).all()
+
+
+def fourth_powers(vectors: Tensor) -> Tensor:
+    """Sum of the fourth powers of the distances to the mean, term by term."""
+    mean = vectors.mean(0)
+    return torch.stack([((vector - mean) @ (vector - mean)) ** 2 for vector in vectors]).sum()
+
+
+@pytest.mark.parametrize(("shift", "digits"), [(None, 1e-10), (3.0, 1e-10), (-200.0, 1e-4)])
+def test_fourth_powers_are_a_direct_sum(shift: float | None, digits: float) -> None:
+    moments, groups = filled([30, 2, 64], None if shift is None else torch.full((5,), shift))
+    expected = torch.stack([fourth_powers(vectors) for vectors in groups])
+    torch.testing.assert_close(moments.fourth(), expected, rtol=digits, atol=0)
+
+
+def test_fourth_powers_do_not_depend_on_the_batches() -> None:
+    vectors = torch.stack([correlated(40, 5, 1), correlated(40, 5, 2)])
+    moments = Moments(3, 5)
+    for part in vectors.split([1, 16, 23], dim=1):
+        moments.add(torch.tensor([2, 0]), part)
+    expected = torch.stack([fourth_powers(vectors[1]), torch.zeros((), dtype=torch.float64), fourth_powers(vectors[0])])
+    torch.testing.assert_close(moments.fourth(), expected, rtol=1e-10, atol=0)
+
+
+def test_fourth_powers_of_a_far_mean_cost_no_digits_with_a_shift() -> None:
+    vectors = correlated(50, 5, 1) + 1e6
+    moments = Moments(1, 5, shift=vectors[0])
+    moments.add(torch.tensor([0]), vectors[None])
+    torch.testing.assert_close(moments.fourth()[0], fourth_powers(vectors), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e3 / 3, 1e6 / 7])
+def test_duplicates_have_no_fourth_powers(value: float) -> None:
+    moments = Moments(1, 5)
+    moments.add(torch.tensor([0]), torch.full((1, 37, 5), value, dtype=torch.float64))
+    assert 0 <= float(moments.fourth()[0]) <= 1e-12 * max(value, 1e-9) ** 4 * 37 * 25
+
+
+def test_fourth_powers_give_the_shrinkage_of_scikit_learn() -> None:
+    moments, groups = filled([30, 8])
+    for number, vectors in enumerate(groups):
+        found = ledoit_wolf(moments.covariance()[number], float(moments.fourth()[number]), len(vectors))
+        assert found == pytest.approx(sklearn_ledoit_wolf(vectors.numpy())[1], abs=1e-10)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, softplus
+from torch.nn.functional import softplus
 
 from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
 from unispect.errors import ConfigError, UnispectError
@@ -88,7 +88,7 @@ class Ensemble(StatisticalDetector):
 
     shapes       (C, h, w) of each level
     products     K, number of products, known in training only
-    parts        the members, which have not learnt yet, by name
+    parts        the members, which have not learnt yet, by name; their maps are not blurred and of the side `finest` says
     members      their names, of the methods that learn in passes; each reads a section of its own
     weights      one for each member
     folds        parts into which the images of a product are dealt
@@ -97,7 +97,6 @@ class Ensemble(StatisticalDetector):
                  that do not lie still
     power        of the norm that joins evidence
     top          share of the highest places that make a map's evidence
-    grid         side of the maps in which places are compared
     map_side, sigma   side of the score map and its blur, pixels
     """
 
@@ -114,13 +113,12 @@ class Ensemble(StatisticalDetector):
         products: int,
         parts: Mapping[str, Detector],
         members: tuple[str, ...] = MEMBERS,
-        weights: tuple[float, ...] = (1.0, 0.5),
+        weights: tuple[float, ...] = (1.0, 0.35),
         folds: int = 4,
         statistics: int = 256,
         prior: float = 20.0,
         power: float = 3.0,
         top: float = 0.01,
-        grid: int = 32,
         map_side: int = 256,
         sigma: float = 4.0,
         seed: int = 0,
@@ -128,18 +126,18 @@ class Ensemble(StatisticalDetector):
         super().__init__()
         if len(weights) != len(members) or any(weight <= 0 for weight in weights):
             raise ConfigError(f"weights={list(weights)}: expected one above 0 for each of {len(members)} members")
-        for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, 2), "grid": (grid, 1)}.items():
+        for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, 2)}.items():
             if value < least:
                 raise ConfigError(f"{name}: got {value}, expected at least {least}")
         if prior < 0 or power < 1:
             raise ConfigError(f"prior={prior}, power={power}: expected at least 0 and at least 1")
         self.weights, self.power, self.prior, self.top = tuple(weights), power, prior, top
         self.folds, self.statistics, self.seed = folds, statistics, seed
-        self.grid, self.map_side, self.sigma = grid, map_side, sigma
+        self.grid, self.map_side, self.sigma = finest(shapes), map_side, sigma
         self.members = nn.ModuleList(parts[name] for name in members)
         self.local = torch.tensor([bool(getattr(part, "local", True)) for part in self.members])
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
-        self.alignments = nn.ModuleList(Alignment(len(members), grid) for _ in range(products))
+        self.alignments = nn.ModuleList(Alignment(len(members), self.grid) for _ in range(products))
         self._fitting: _CrossFit | None = None
         self._dealt: Tensor | None = None
 
@@ -206,7 +204,7 @@ class Ensemble(StatisticalDetector):
         for part, new in zip(self.members, other.members, strict=True):
             _holding(part).add(new)
         self.recogniser.add(other.recogniser)
-        self.alignments.extend(other.alignments)
+        self.alignments.extend(deepcopy(other.alignments))
 
     def remove(self, product: int) -> None:
         """Forget a product; the numbers of later ones fall by one."""
@@ -242,8 +240,7 @@ class Ensemble(StatisticalDetector):
     def _raw(self, members: Sequence[nn.Module], features: Features, product: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (N, M, g, g) and image scores (N, M) as the members give them."""
         given = [_scored(part, features, product) for part in members]
-        maps = [interpolate(scores.maps[:, None], (self.grid, self.grid), mode="area")[:, 0] for scores in given]
-        return torch.stack(maps, 1), torch.stack([scores.image for scores in given], 1)
+        return torch.stack([scores.maps for scores in given], 1), torch.stack([scores.image for scores in given], 1)
 
     def _evidence(self, maps: Tensor, images: Tensor) -> Tensor:
         """Highest places of the maps of members that map, image scores of the others, (N, M)."""
@@ -319,6 +316,11 @@ class _CrossFit:
         self.pending = [part for part in self.pending if isinstance(part, StatisticalDetector) and part.finish()]
         self.scoring = not self.pending and self.fold < self.folds
         return bool(self.pending) or self.scoring
+
+
+def finest(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Side of the finest grid of the features, in which members map."""
+    return max(max(height, width) for _, height, width in shapes)
 
 
 def deal(product: Tensor, unit: Tensor, folds: int, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from unispect.config import construct
 from unispect.detectors.base import Detector, StatisticalDetector
-from unispect.detectors.ensemble import Ensemble
+from unispect.detectors.ensemble import Ensemble, finest
 from unispect.detectors.hgad import HGAD
 from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
@@ -38,7 +38,11 @@ def build(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products
     method = config["method"]
     if method != "ensemble":
         return _single(config, method, shapes, products)
-    parts = {name: _single(config, name, shapes, products) for name in _members(config[method])}
+    plain = {"map_side": finest(shapes), "sigma": 0.0}
+    parts = {
+        name: _single({**config, name: {**config[name], **plain}}, name, shapes, products)
+        for name in _members(config[method])
+    }
     provided = {"shapes": tuple(shapes), "products": products, "seed": config["seed"]}
     return construct(Ensemble, config[method], method, parts=parts, **provided)
 

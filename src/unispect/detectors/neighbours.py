@@ -9,6 +9,7 @@ surface is nothing between patches of a rough one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,8 @@ class Neighbours(StatisticalDetector):
     support       nearest vectors over which the usual distance is averaged
     around        others in the bank to which the usual distance of a vector is measured
     whitening     0: features as they are, each level at one scale; 1: fully whitened; 0.5: half-way
-    coreset       share of a product's patches in its bank
-    max_bank_vectors   in all banks together; each product has an equal share
+    bank_images        size of a product's bank: as many patches as this number of images has, fewer where it has fewer
+    max_bank_vectors   in all banks together; of many products each has an equal share
     max_ram       MiB for the patches held while the coresets are chosen, all products together
     projection    channels of the random projection in which coresets are chosen
     top           share of the highest places that make the image score
@@ -101,8 +102,8 @@ class Neighbours(StatisticalDetector):
         support: int = 20,
         around: int = 50,
         whitening: float = 0.5,
-        coreset: float = 0.18,
-        max_bank_vectors: int = 60_000,
+        bank_images: float = 15.0,
+        max_bank_vectors: int = 400_000,
         max_ram: float = 1024.0,
         projection: int = 32,
         top: float = 0.01,
@@ -116,18 +117,19 @@ class Neighbours(StatisticalDetector):
                 raise ConfigError(f"{name}: got {count}, expected at least 1")
         if not 0 <= whitening <= 1:
             raise ConfigError(f"whitening: got {whitening}, expected a number from 0 to 1")
-        if not 0 < coreset <= 1:
-            raise ConfigError(f"coreset: got {coreset:g}, expected a share above 0 and at most 1")
+        if bank_images <= 0:
+            raise ConfigError(f"bank_images: got {bank_images}, expected a number above 0")
         if max_bank_vectors < products:
             raise ConfigError(f"max_bank_vectors: got {max_bank_vectors}, expected one for each of {products} products")
         self.neighbours, self.support, self.around, self.whitening = neighbours, support, around, whitening
-        self.coreset, self.most, self.max_ram = coreset, max_bank_vectors // products, max_ram / products
         self.projection, self.top, self.seed = projection, top, seed
         self.map_side, self.sigma = map_side, sigma
         dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
         self.levels = dense or list(range(len(shapes)))
         self.widths = [shapes[number][0] for number in self.levels]
-        self.grid = max(shapes[number][1:] for number in self.levels)
+        self.grid = max((shapes[number][1:] for number in self.levels), key=lambda grid: grid[0] * grid[1])
+        wanted = max(1, round(bank_images * self.grid[0] * self.grid[1]))
+        self.most, self.max_ram = min(wanted, max_bank_vectors // products), max_ram / products
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
         self.products = nn.ModuleList(Neighbourhood(sum(self.widths)) for _ in range(products))
         self._sums: dict[int, Moments] = {}
@@ -176,14 +178,14 @@ class Neighbours(StatisticalDetector):
         return True
 
     def _empty(self) -> Coreset:
-        return Coreset(sum(self.widths), self.coreset, self.most, self.max_ram, self.projection, seed=self.seed)
+        return Coreset(sum(self.widths), 1.0, self.most, self.max_ram, self.projection, seed=self.seed)
 
     # Products that come and go.
 
     def add(self, other: Neighbours) -> None:
         """The products of another detector of the same settings, after one's own, which are not touched."""
         self.recogniser.add(other.recogniser)
-        self.products.extend(other.products)
+        self.products.extend(deepcopy(other.products))
 
     def remove(self, product: int) -> None:
         """Forget a product; the numbers of later ones fall by one."""

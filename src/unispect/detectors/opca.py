@@ -1,14 +1,16 @@
 """OPCA-MVG: a Gaussian on the principal components of least variance of deep features.
 
-Build Gaussian Distribution Under Deep Features for Anomaly Detection and Localization (2021). The paper leaves open
-whether the Gaussians are of pooled or of single vectors: both are here. Components are chosen and covariances estimated
-as in the code its basis published: Modeling the Distribution of Normal Data in Pre-Trained Deep Features for Anomaly
-Detection (Rippel, Mertens, Merhof, 2020), https://arxiv.org/abs/2005.14140.
+Build Gaussian Distribution Under Deep Features for Anomaly Detection and Localization (Wang et al., 2022),
+https://doi.org/10.32604/jnm.2022.032447. The paper leaves open whether the Gaussians are of pooled or of single vectors:
+both are here. Components are chosen and covariances estimated as in the code that its basis published: Modeling the
+Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection (Rippel, Mertens, Merhof, 2020),
+https://arxiv.org/abs/2005.14140.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +143,7 @@ class OPCA(StatisticalDetector):
         if self.recogniser is None or other.recogniser is None:
             raise ConfigError("per_product=false: one Gaussian for all products, so none can be added or removed alone")
         self.recogniser.add(other.recogniser)
-        self.gaussians.extend(other.gaussians)
+        self.gaussians.extend(deepcopy(other.gaussians))
 
     def remove(self, product: int) -> None:
         """Forget a product; the numbers of later ones fall by one."""

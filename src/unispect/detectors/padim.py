@@ -50,7 +50,7 @@ class PaDiM(StatisticalDetector):
         self.ridge, self.map_side, self.sigma = ridge, map_side, sigma
         dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
         self.levels = dense or list(range(len(shapes)))
-        self.grid = max(shapes[number][1:] for number in self.levels)
+        self.grid = max((shapes[number][1:] for number in self.levels), key=lambda grid: grid[0] * grid[1])
         channels = sum(shapes[number][0] for number in self.levels)
         chosen = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:dimension].sort().values
         places = self.grid[0] * self.grid[1]

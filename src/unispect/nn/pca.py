@@ -30,8 +30,8 @@ def kept(variances: Tensor, rule: str, share: float) -> slice:
 class Subspace(Learnt):
     """A Gaussian on kept components, folded: the Mahalanobis distance of x is the norm of matrix (x - mean).
 
-    Build Gaussian Distribution Under Deep Features for Anomaly Detection and Localization (2021): components, and a
-    covariance after Ledoit and Wolf.
+    Build Gaussian Distribution Under Deep Features for Anomaly Detection and Localization (Wang et al., 2022),
+    https://doi.org/10.32604/jnm.2022.032447: components, and a covariance after Ledoit and Wolf.
     """
 
     mean: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ def pooled(features: Features) -> list[Tensor]:
 
 class Recogniser(nn.Module):
     """log p(product | image) under a Gaussian for each product and level, covariances after Ledoit and Wolf.
+
+    To the variances of n images is added the mean square of their mean vector over n^2, so that few images do not make a
+    Gaussian that only they fit.
 
     What it knows of a product depends on the images of that product alone, one after the other: products come and go
     without a bit of change in the others.
@@ -55,7 +59,7 @@ class Recogniser(nn.Module):
 
     def add(self, other: Recogniser) -> None:
         """The products of another, after one's own."""
-        self.products.extend(other.products)
+        self.products.extend(deepcopy(other.products))
 
     def remove(self, product: int) -> None:
         """Forget a product; later ones move up."""
@@ -76,16 +80,18 @@ class _Product(nn.Module):
         for number, width in enumerate(channels):
             self.register_buffer(f"mean{number}", torch.zeros(width))
             self.register_buffer(f"whiten{number}", torch.eye(width))
-        self.register_buffer("log_volume", torch.zeros(()))
+        self.register_buffer("log_volume", torch.tensor(-torch.inf))  # nothing learnt: never the guess
 
     def learn(self, sums: Sequence[Moments]) -> None:
         volume = torch.zeros((), dtype=torch.float64)
         for number, moments in enumerate(sums):
-            covariance = moments.covariance()[0]
-            shrinkage = ledoit_wolf(covariance, float(moments.fourth()[0]), float(moments.count[0]))
-            whiten = whitening(shrunk(covariance, shrinkage))
+            mean, covariance, count = moments.mean()[0], moments.covariance()[0], float(moments.count[0])
+            shrinkage = ledoit_wolf(covariance, float(moments.fourth()[0]), count) if count > 2 else 1.0
+            # One image or copies of it say nothing of how images differ: what few of them show is not taken for all.
+            unseen = max(float(mean.square().mean()) / count**2, 1e-12)
+            whiten = whitening(shrunk(covariance, shrinkage) + unseen * torch.eye(len(mean), dtype=torch.float64))
             volume += torch.linalg.slogdet(whiten)[1]
-            self.get_buffer(f"mean{number}").copy_(moments.mean()[0])
+            self.get_buffer(f"mean{number}").copy_(mean)
             self.get_buffer(f"whiten{number}").copy_(whiten)
         self.get_buffer("log_volume").copy_(volume)
 
