@@ -40,10 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--realdata", type=Path, help="folder of real products in the MVTec layout")
     parser.add_argument("--mvtec-size", type=Path, help="folder that benchmarks/trees.py made")
+    parser.add_argument("--grid", help="one grid of benchmarks/grids by name, such as statistical")
     parser.add_argument("--seeds", help="instead of those of the grid, such as 0,1,2")
     chosen = parser.parse_args()
     options = [] if chosen.seeds is None else ["--seeds", chosen.seeds]
-    if chosen.realdata:
+    if chosen.grid:
+        data = [] if chosen.realdata is None else ["--data", f"realdata={chosen.realdata.resolve()}"]
+        where = "REALDATA=../shared/realdata " if chosen.realdata else ""
+        record(chosen.grid, f"make bench {where}GRID={chosen.grid}", options + data)
+    elif chosen.realdata:
         options += ["--data", f"realdata={chosen.realdata.resolve()}"]
         record("realdata", "make bench REALDATA=../shared/realdata", options)
     elif chosen.mvtec_size:

@@ -117,7 +117,7 @@ def test_a_result_holds_numbers_costs_and_where_they_are_from(out: Path) -> None
     assert set(result["evaluation"]["products"]) == {"fabric", "gear"}
     assert result["evaluation"]["products"]["gear"]["pixel_auroc"] is None
     assert {"label given", "test-normalised", "both"} == set(result["evaluation"]["comparisons"])
-    assert all(result["costs"][name] > 0 for name in ("fit_s", "evaluate_s", "peak_gib", "model_mib"))
+    assert all(result["costs"][name] > 0 for name in ("fit_s", "evaluate_s", "images_per_s", "peak_gib", "model_mib"))
     assert result["settings"]["seed"] == 0
     assert (out / result["report"]).is_file()
     with (out / result["scores"]).open(encoding="utf-8") as file:

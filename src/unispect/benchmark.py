@@ -40,6 +40,7 @@ from unispect.report.results import provenance, write_results
 Result = dict[str, Any]
 PACKAGES = ("unispect", "torch", "timm", "openvino", "numpy", "pillow")
 TABLES = ("title", "seeds", "data", "backbones", "methods")
+TIMED = 200  # about so many images tell the pace
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # safe in the name of a file
 
 
@@ -444,6 +445,7 @@ def _measured(cell: Cell, out: Path) -> Result:
     measuring = time.perf_counter()
     evaluation = evaluate(inspector, records, cell.source.ignore_masks)
     done = time.perf_counter()
+    pace = _pace(inspector, [record for record in records if record.split == "test"][:: max(1, len(records) // TIMED)])
     facts = provenance(inspector, f"unispect benchmark, cell {cell.name}")
     report = write_results(evaluation, folder, f"{cell.method} on {cell.data}, {cell.backbone}, seed {cell.seed}", facts)
     return {
@@ -453,6 +455,7 @@ def _measured(cell: Cell, out: Path) -> Result:
         "costs": {
             "fit_s": round(fitted - start, 1),
             "evaluate_s": round(done - measuring, 1),
+            "images_per_s": pace,
             "peak_gib": _peak(),
             "model_mib": round(sum(file.stat().st_size for file in model.iterdir()) / 2**20, 1),
         },
@@ -464,6 +467,13 @@ def _measured(cell: Cell, out: Path) -> Result:
         "dataset": cell.source.dataset or cell.data,
         "settings": cell.settings,
     }
+
+
+def _pace(inspector: Inspector, records: Sequence[Record]) -> float:
+    """Images a second from file to finding, of some that lie all over the test set."""
+    start = time.perf_counter()
+    count = sum(1 for _ in inspector.findings(records))
+    return round(count / (time.perf_counter() - start), 1)
 
 
 def _peak(status: Path = Path("/proc/self/status")) -> float | None:

@@ -40,7 +40,7 @@ def _of(*path: str) -> Reader:
 
 
 def _cost(name: str) -> Reader:
-    return lambda result: result["costs"][name]
+    return lambda result: result["costs"].get(name)
 
 
 # Name, how it is read, whether it is a share
@@ -49,8 +49,12 @@ RESULTS: tuple[Column, ...] = (
     ("image AUROC, mean", _of("mean", "image_auroc"), True),
     ("pooled", _of("pooled", "image_auroc"), True),
     ("worst product", _of("worst", "image_auroc"), True),
+    ("image AP, mean", _of("mean", "image_ap"), True),
+    ("pooled", _of("pooled", "image_ap"), True),
     ("pixel AUROC, mean", _of("mean", "pixel_auroc"), True),
     ("pooled", _of("pooled", "pixel_auroc"), True),
+    ("pixel AP, mean", _of("mean", "pixel_ap"), True),
+    ("pooled", _of("pooled", "pixel_ap"), True),
     ("AUPRO, mean", _of("mean", "aupro"), True),
     ("false alarms promised", _of("false_alarm_rate", "promised"), True),
     ("realised", _of("false_alarm_rate", "realised"), True),
@@ -65,6 +69,7 @@ NOT_DEPLOYABLE: tuple[Column, ...] = (
 COSTS: tuple[Column, ...] = (
     ("fit, s", _cost("fit_s"), False),
     ("evaluate, s", _cost("evaluate_s"), False),
+    ("images/s", _cost("images_per_s"), False),
     ("peak, GiB", _cost("peak_gib"), False),
     ("model, MiB", _cost("model_mib"), False),
 )
