@@ -28,13 +28,12 @@ def result(seed: int, value: float, method: str = "hgad", status: str = "done") 
         "comparisons": {"label given": given},
     }
     done = status == "done"
+    costs = {"fit_s": 61.0, "evaluate_s": 9.5, "images_per_s": 20.5, "peak_gib": 1.8, "model_mib": 65.0}
     return {
         "cell": {"method": method, "data": "line", "backbone": "lite0", "seed": seed},
         "status": status,
         "error": None if done else "no images",
-        "costs": {"fit_s": 61.0, "evaluate_s": 9.5, "images_per_s": 20.5, "peak_gib": 1.8, "model_mib": 65.0}
-        if done
-        else None,
+        "costs": costs if done else None,
         "evaluation": evaluation if done else None,
         "report": f"cells/{method}-{seed}/report.html" if done else None,
         "scores": f"cells/{method}-{seed}/scores.csv" if done else None,
