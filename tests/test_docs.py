@@ -10,6 +10,7 @@ import torch
 import unispect
 from unispect.config import read_toml
 from unispect.detectors.hgad import HGAD
+from unispect.detectors.methods import build
 from unispect.inspector import complete
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,15 @@ def test_the_published_file_builds_the_published_model() -> None:
     with torch.device("meta"):
         flow = HGAD([(200, 64, 64)], products=15, **table["hgad"]).level(0).flow
     assert sum(value.numel() for value in flow.parameters()) == pytest.approx(4.766e6, rel=2e-3)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_file_of_settings_builds_its_model(file: Path) -> None:
+    """With shapes like those of its backbone, on no memory."""
+    table = complete(file)
+    shapes = [(8, 4, 4) for _ in table["features"]["layers"]] + [(6, 1, 1) for _ in table["features"]["pooled"]]
+    with torch.device("meta"):
+        assert build(table, shapes, products=3)
 
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

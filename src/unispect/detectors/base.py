@@ -66,9 +66,11 @@ class Detector(nn.Module, ABC):
     """A pure function of features once learnt: scoring changes no state and sees no product label.
 
     wants   defaults that the method has for other sections of the settings, section by section
+    local   whether its map says where a defect is; otherwise an ensemble goes by its image score alone
     """
 
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    local: bool = True
 
     @abstractmethod
     def forward(self, features: Features) -> Scores:

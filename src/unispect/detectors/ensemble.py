@@ -135,7 +135,7 @@ class Ensemble(StatisticalDetector):
         self.folds, self.statistics, self.seed = folds, statistics, seed
         self.grid, self.map_side, self.sigma = finest(shapes), map_side, sigma
         self.members = nn.ModuleList(parts[name] for name in members)
-        self.local = torch.tensor([bool(getattr(part, "local", True)) for part in self.members])
+        self.local = torch.tensor([parts[name].local for name in members])
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
         self.alignments = nn.ModuleList(Alignment(len(members), self.grid) for _ in range(products))
         self._fitting: _CrossFit | None = None
