@@ -220,7 +220,7 @@ def test_members_read_their_own_sections() -> None:
     ensemble = build(table, SHAPES, 2)
     assert isinstance(ensemble, Ensemble)
     assert getattr(ensemble.members[0], "neighbours") == 2  # noqa: B009
-    assert ensemble.local.tolist() == [True, False]
+    assert ensemble.mapping.tolist() == [True, False]
 
 
 def test_methods_that_learn_in_passes_take_no_training_section() -> None:

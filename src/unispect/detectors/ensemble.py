@@ -135,7 +135,7 @@ class Ensemble(StatisticalDetector):
         self.folds, self.statistics, self.seed = folds, statistics, seed
         self.grid, self.map_side, self.sigma = finest(shapes), map_side, sigma
         self.members = nn.ModuleList(parts[name] for name in members)
-        self.local = torch.tensor([parts[name].local for name in members])
+        self.mapping = torch.tensor([parts[name].local for name in members])
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
         self.alignments = nn.ModuleList(Alignment(len(members), self.grid) for _ in range(products))
         self._fitting: _CrossFit | None = None
@@ -245,7 +245,7 @@ class Ensemble(StatisticalDetector):
     def _evidence(self, maps: Tensor, images: Tensor) -> Tensor:
         """Highest places of the maps of members that map, image scores of the others, (N, M)."""
         highest = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
-        return torch.where(self.local, highest.to(images), images)
+        return torch.where(self.mapping, highest.to(images), images)
 
     def _joined(self, standard: Tensor) -> Tensor:
         """Evidence of the members in standard deviations, (N, M) -> (N,)."""
@@ -257,7 +257,7 @@ class Ensemble(StatisticalDetector):
 
     def _map(self, placed: Tensor) -> Tensor:
         """Mean of the maps of members that map, or of all where none does, (N, M, g, g) -> (N, side, side)."""
-        weight = self._weight(placed) * (self.local if bool(self.local.any()) else 1)
+        weight = self._weight(placed) * (self.mapping if bool(self.mapping.any()) else 1)
         mean = torch.einsum("nmhw,m->nhw", placed, weight / weight.sum())
         return blurred(upsampled(mean, self.map_side, aligned=False), self.sigma)
 
