@@ -104,7 +104,7 @@ class Ensemble(StatisticalDetector):
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "split": {"held_out": 0.0},
         "features": {"layers": ["blocks.3", "blocks.4"], "pooled": ["blocks.5", "blocks.6"]},
-        "opca": {"mode": "pooled", "components": "all"},
+        "opca": {"mode": "pooled"},
     }
 
     def __init__(
