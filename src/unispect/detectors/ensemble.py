@@ -92,7 +92,7 @@ class Ensemble(StatisticalDetector):
     members      their names, of the methods that learn in passes; each reads a section of its own
     weights      one for each member
     folds        parts into which the images of a product are dealt
-    statistics   images of a product at the most whose out-of-fold scores are kept for its scales
+    statistics   images of a product at the most, at least one a fold, whose out-of-fold scores are kept for its scales
     prior        images that the scale of a place must outvote to leave that of all places; a large number for products
                  that do not lie still
     power        of the norm that joins evidence
@@ -124,12 +124,14 @@ class Ensemble(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if len(weights) != len(members) or any(weight <= 0 for weight in weights):
+        if len(weights) != len(members) or not all(weight > 0 for weight in weights):
             raise ConfigError(f"weights={list(weights)}: expected one above 0 for each of {len(members)} members")
-        for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, 2)}.items():
+        for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, max(2, folds))}.items():
             if value < least:
                 raise ConfigError(f"{name}: got {value}, expected at least {least}")
-        if prior < 0 or power < 1:
+        if not 0 < top <= 1:
+            raise ConfigError(f"top: got {top}, expected a share above 0 and up to 1")
+        if not prior >= 0 or not power >= 1:
             raise ConfigError(f"prior={prior}, power={power}: expected at least 0 and at least 1")
         self.weights, self.power, self.prior, self.top = tuple(weights), power, prior, top
         self.folds, self.statistics, self.seed = folds, statistics, seed
@@ -148,7 +150,7 @@ class Ensemble(StatisticalDetector):
 
         Images of one unit, such as a capture group, share a fold. Without this call they are dealt as they come.
         """
-        self._dealt = deal(product, unit, self.folds, self.seed)
+        self._dealt, self._fitting = deal(product, unit, self.folds, self.seed), None
 
     @torch.no_grad()
     def update(self, features: Features, product: Tensor) -> None:
@@ -163,7 +165,7 @@ class Ensemble(StatisticalDetector):
             return
         levels, y = [level[chosen] for level in features], product[chosen]
         if fitting.scoring:
-            fitting.keep(y, *self._raw(fitting.working, levels, y), -(-self.statistics // self.folds))
+            fitting.keep(y, *self._raw(fitting.working, levels, y), self.statistics // self.folds)
         else:
             fitting.learn(levels, y)
 
@@ -201,17 +203,21 @@ class Ensemble(StatisticalDetector):
 
     def add(self, other: Ensemble) -> None:
         """The products of another detector of the same settings, after one's own, which are not touched."""
-        for part, new in zip(self.members, other.members, strict=True):
-            _holding(part).add(new)
+        for part, new in zip(self._holding(), other.members, strict=True):
+            part.add(new)
         self.recogniser.add(other.recogniser)
         self.alignments.extend(deepcopy(other.alignments))
 
     def remove(self, product: int) -> None:
         """Forget a product; the numbers of later ones fall by one."""
-        for part in self.members:
-            _holding(part).remove(product)
+        for part in self._holding():
+            part.remove(product)
         self.recogniser.remove(product)
         del self.alignments[product]
+
+    def _holding(self) -> list[HoldsProducts]:
+        """The members, each of which can let a product come or go: asked before any is changed."""
+        return [_holding(part) for part in self.members]
 
     # Scoring.
 
@@ -272,6 +278,7 @@ class _CrossFit:
         self.pending = self.working
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._count: dict[tuple[int, int], int] = {}
+        self._turn: dict[int, int] = {}
 
     @property
     def ready(self) -> bool:
@@ -282,8 +289,16 @@ class _CrossFit:
         """Which images of a batch are to be learnt from or, in scoring, to be scored, (N,) bool."""
         place = torch.arange(self.seen, self.seen + len(product))
         self.seen += len(product)
-        own = (place % self.folds if self.dealt is None else self.dealt[place]) == self.fold
+        own = (self._in_turn(product) if self.dealt is None else self.dealt[place]) == self.fold
         return own if self.scoring else ~own
+
+    def _in_turn(self, product: Tensor) -> Tensor:
+        """Fold of each image, those of each product in turn, (N,)."""
+        turns = []
+        for y in product.tolist():
+            turns.append(self._turn.get(y, 0) % self.folds)
+            self._turn[y] = self._turn.get(y, 0) + 1
+        return torch.tensor(turns)
 
     def learn(self, levels: Features, product: Tensor) -> None:
         """A batch for the members that want this pass."""
@@ -307,7 +322,7 @@ class _CrossFit:
 
     def finish(self) -> bool:
         """End of a pass; True where one more is wanted."""
-        self.seen, self.first = 0, False
+        self.seen, self.first, self._turn = 0, False, {}
         if self.scoring:
             self.scoring, self.fold = False, self.fold + 1
             self.working = self.members if self.fold == self.folds else deepcopy(self.members)

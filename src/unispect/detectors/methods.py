@@ -55,7 +55,8 @@ def _members(own: Mapping[str, Any]) -> Sequence[str]:
     """Names of an ensemble's members, checked."""
     possible = [name for name, kind in METHODS.items() if issubclass(kind, StatisticalDetector) and name != "ensemble"]
     members = own.get("members", Ensemble.MEMBERS)
-    if not isinstance(members, list | tuple) or not members or len(set(members)) < len(members):
+    named = isinstance(members, list | tuple) and all(isinstance(name, str) for name in members)
+    if not named or not members or len(set(members)) < len(members):
         raise ConfigError(f"ensemble.members={members!r}: expected a list of different methods, of {', '.join(possible)}")
     for name in members:
         if name not in possible:

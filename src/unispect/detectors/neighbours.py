@@ -117,7 +117,9 @@ class Neighbours(StatisticalDetector):
                 raise ConfigError(f"{name}: got {count}, expected at least 1")
         if not 0 <= whitening <= 1:
             raise ConfigError(f"whitening: got {whitening}, expected a number from 0 to 1")
-        if bank_images <= 0:
+        if not 0 < top <= 1:
+            raise ConfigError(f"top: got {top}, expected a share above 0 and up to 1")
+        if not bank_images > 0:
             raise ConfigError(f"bank_images: got {bank_images}, expected a number above 0")
         if max_bank_vectors < products:
             raise ConfigError(f"max_bank_vectors: got {max_bank_vectors}, expected one for each of {products} products")
