@@ -69,7 +69,7 @@ def held_out_losses(detector: HGAD) -> list[float]:
         part = detector.level(number)
         vectors = part.arranged(level)
         with torch.no_grad():
-            z, logdet = part.latent(vectors, part.order)
+            z, logdet = part.latent(vectors, part.everywhere(len(vectors)))
             inside = part.mixture.own(z, torch.from_numpy(HELD_OUT.product)) + logdet
         losses.append(float((-inside / level.shape[1] + math.log(2 * math.pi) / 2).mean()))
     return losses
@@ -115,9 +115,10 @@ def test_every_image_once_a_pass_and_one_place_of_every_cell() -> None:
     for turn in range(2):
         seen = []
         for step in range(3 * turn, 3 * turn + 3):
-            vectors, product, places = sampler.draw(step, 0)
+            vectors, places, product = sampler.draw(step, 0)
             assert vectors.shape == (10, 4, 1, 8)
-            assert all(place in cell for place, cell in zip(places[:, 0].tolist(), build().grid(0).tolist(), strict=True))
+            for image in places[..., 0].tolist():
+                assert all(place in cell for place, cell in zip(image, build().grid(0).tolist(), strict=True))
             seen += [(int(y), *vector) for y, vector in zip(product, vectors[:, 0, 0].tolist(), strict=True)]
         assert len(set(seen)) == 30
 
@@ -133,12 +134,37 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
 
 def test_drawn_vectors_are_those_at_the_places() -> None:
     sampler = Sampler(TRAIN, build(), replace(RECIPE, places=2, images=30), seed=0)
-    vectors, product, places = sampler.draw(0, 0)
+    vectors, places, product = sampler.draw(0, 0)
     order = np.random.default_rng((0, 0)).permutation(30)
     assert torch.equal(product, torch.from_numpy(TRAIN.product[order]))
     level = TRAIN.features.levels[0][torch.from_numpy(order)].flatten(2).mT  # type: ignore[attr-defined]
-    assert torch.equal(vectors, level[:, places])
-    assert all(len(set(row)) == 2 for row in places.tolist())
+    assert torch.equal(vectors, level[torch.arange(30)[:, None, None], places])
+    assert all(len(set(row)) == 2 for row in places.flatten(0, 1).tolist())
+    assert not torch.equal(places[0], places[1])
+
+
+def test_parts_of_a_step_hold_each_vector_once_and_drop_what_is_left_over() -> None:
+    sampler = Sampler(TRAIN, build(), replace(RECIPE, places=0, images=10, vectors=48), seed=0)
+    found, places, product = sampler.draw(1, 0)
+    whole = {
+        (*vector, place, int(product[image]))
+        for image in range(10)
+        for vector, place in zip(found[image].flatten(0, 1).tolist(), places[image].flatten().tolist(), strict=True)
+    }
+    parts = list(sampler.parts(1, 0))
+    assert [len(part) for part, _, _ in parts] == [48] * 3  # of 160
+    seen = {
+        (*vector, place, y)
+        for part, where, owner in parts
+        for vector, place, y in zip(part[:, 0, 0].tolist(), where[:, 0, 0].tolist(), owner.tolist(), strict=True)
+    }
+    assert len(seen) == 144
+    assert seen < whole
+
+
+def test_fewer_vectors_than_a_part_make_one_step() -> None:
+    sampler = Sampler(TRAIN, build(), replace(RECIPE, places=0, images=10, vectors=500), seed=0)
+    assert [len(part) for part, _, _ in sampler.parts(0, 0)] == [160]
 
 
 # What is kept

@@ -7,7 +7,7 @@ was killed and resumed ends, on the CPU, with the same bits as one that was not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from unispect.store import read_checkpoint, write_checkpoint
 
 BATCH = 16  # images in a pass for statistics
 Progress = Callable[[int, int, dict[str, float]], None]
+Watch = Callable[[int, GradientDetector], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def _cosine(progress: float, highest: float, lowest: float) -> float:
 
 
 class Sampler:
-    """Vectors of a step: images without replacement within a pass, places at random in each cell."""
+    """Vectors of a step: images without replacement within a pass, places of each at random in each cell."""
 
     def __init__(self, data: Labelled, detector: GradientDetector, recipe: Recipe, seed: int) -> None:
         self.data, self.recipe, self.seed = data, recipe, seed
@@ -85,26 +86,42 @@ class Sampler:
         self.per_pass = max(1, len(data.features) // self.images)
 
     def draw(self, step: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (m, c, q, C), places (c, q) and products (m,)."""
+        """Vectors (m, c, q, C), places (m, c, q) and products (m,)."""
         turn, place = divmod(step, self.per_pass)
         order = np.random.default_rng((self.seed, turn)).permutation(len(self.data.features))
         images = order[place * self.images : (place + 1) * self.images]
-        places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level])
-        return *vectors(self.data, level, images, places), places
+        places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level], len(images))
+        found, product = vectors(self.data, level, images, places)
+        return found, places, product
 
-    def _places(self, generator: np.random.Generator, grid: Tensor) -> Tensor:
+    def parts(self, step: int, level: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What the optimizer steps of a step see, as `draw` gives it; where a recipe asks for so many vectors at a time,
+        each stands for an image: (n, 1, 1, C), (n, 1, 1) and (n,)."""
+        found, places, product = self.draw(step, level)
+        size = self.recipe.vectors
+        if not size:
+            yield found, places, product
+            return
+        order = np.random.default_rng((self.seed, step, level, 2)).permutation(places.numel())
+        whole = max(size, len(order) - len(order) % size)
+        each = places[0].numel()
+        for part in torch.from_numpy(order[:whole]).split(size):
+            x, place = found.flatten(0, 2)[part], places.flatten()[part]
+            yield x[:, None, None], place[:, None, None], product[part // each]
+
+    def _places(self, generator: np.random.Generator, grid: Tensor, images: int) -> Tensor:
         most = grid.shape[1]
         if not self.recipe.places or self.recipe.places >= most:
-            return grid
-        chosen = generator.permuted(np.broadcast_to(np.arange(most), grid.shape), axis=1)[:, : self.recipe.places]
-        return grid.gather(1, torch.from_numpy(np.ascontiguousarray(chosen)))
+            return grid.expand(images, -1, -1)
+        ranks = torch.from_numpy(generator.random((images, *grid.shape), np.float32))
+        chosen = ranks.argsort(2)[:, :, : self.recipe.places]
+        return grid.expand(images, -1, -1).gather(2, chosen)
 
 
 def vectors(data: Labelled, level: int, images: np.ndarray, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (m, c, q, C) of chosen images (m,) at places (c, q), and the images' products (m,)."""
-    flat = np.broadcast_to(places.flatten().numpy(), (len(images), places.numel()))
-    found = data.features.gather(level, images, flat)
-    return found.reshape(len(images), *places.shape, -1), torch.from_numpy(data.product[images])
+    """Vectors (m, c, q, C) of chosen images (m,) at places (m, c, q), and the images' products (m,)."""
+    found = data.features.gather(level, images, places.flatten(1).numpy())
+    return found.reshape(*places.shape, -1), torch.from_numpy(data.product[images])
 
 
 def learn(detector: StatisticalDetector, train: Labelled, progress: Progress | None = None) -> int:
@@ -136,21 +153,23 @@ def fit(
     checkpoint: Path | None = None,
     identity: str = "",
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> History:
     """Learn in place; the state with the lowest held-out loss is kept, level by level, the one before any step included.
 
     checkpoint   file to write at every check, and to go on from if it is there
     identity     what the run is of (settings and data); a checkpoint of another run is an error
     progress     called after each step with steps made, steps in all and the latest losses
+    watch        called at each check with the step and the detector, which it must leave as it is
 
     Raises UnispectError for a checkpoint of another run.
     """
-    loop = _Loop(detector, train, held_out, recipe, seed, checkpoint, identity)
+    loop = _Loop(detector, train, held_out, recipe, seed, checkpoint, identity, watch)
     if not loop.resume():
         detector.prepare(train.batches())
         loop.begin()
     loop.run(progress)
-    detector.finish(held_out.batches())
+    detector.finish(train.batches(), held_out.batches())
     return loop.history
 
 
@@ -166,10 +185,12 @@ class _Loop:
         seed: int,
         checkpoint: Path | None,
         identity: str,
+        watch: Watch | None = None,
     ) -> None:
-        self.detector, self.held_out, self.recipe = detector, held_out, recipe
+        self.detector, self.held_out, self.recipe, self.watch = detector, held_out, recipe, watch
         self.checkpoint, self.identity = checkpoint, identity
         self.sampler = Sampler(train, detector, recipe, seed)
+        self.loss = torch.compile(detector.loss, dynamic=False) if recipe.compile else detector.loss
         self.steps = recipe.total(len(train.features))
         self.every = max(1, math.ceil(self.steps / recipe.checks)) if recipe.checks else self.steps + 1
         self.optimizers = self._optimizers()
@@ -217,15 +238,16 @@ class _Loop:
             self._restore()
 
     def _advance(self, level: int) -> dict[str, float]:
-        """One optimizer step on one level."""
+        """One step on one level: one optimizer step, or one for each part of its vectors."""
         optimizer, done = self.optimizers[level], self.step / self.steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, self.recipe)
-        found, product, places = self.sampler.draw(self.step, level)
-        optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
-        losses = self.detector.loss(level, found, places, product, done)
-        torch.autograd.backward(losses["total"])
-        optimizer.step()
+        losses: dict[str, Tensor] = {}
+        for found, places, product in self.sampler.parts(self.step, level):
+            optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
+            losses = self.loss(level, found, places, product, done)
+            torch.autograd.backward(losses["total"])
+            optimizer.step()
         return {name: float(value.detach()) for name, value in losses.items()}
 
     def _latest(self) -> dict[str, float]:
@@ -246,6 +268,8 @@ class _Loop:
             seen.append(loss)
             best = min(range(len(seen)), key=seen.__getitem__)
             self.history.stopped[level] = len(seen) - 1 - best >= self.recipe.patience
+        if self.watch:
+            self.watch(self.step, self.detector)
 
     def _held_out_loss(self, level: int) -> float:
         """Over all places of at most `held_out_images` images, evenly taken."""
@@ -254,8 +278,9 @@ class _Loop:
         total = 0.0
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
-            found, product = vectors(self.held_out, level, part, self.sampler.grids[level])
-            total += float(self.detector.held_out_loss(level, found, self.sampler.grids[level], product)) * len(part)
+            places = self.sampler.grids[level].expand(len(part), -1, -1)
+            found, product = vectors(self.held_out, level, part, places)
+            total += float(self.detector.held_out_loss(level, found, places, product)) * len(part)
         loss = total / len(images)
         return loss if math.isfinite(loss) else math.inf
 

@@ -92,7 +92,7 @@ def given(level: int) -> Tensor:
 
 def terms(model: HGAD, number: int) -> dict[str, Tensor]:
     level = model.level(number)
-    z, logdet = level.latent(level.arranged(given(number)), level.order)
+    z, logdet = level.latent(level.arranged(given(number)), level.everywhere(4))
     found = level.mixture.terms(z, logdet, TRUE, 0.02)
     return {
         "z": z.reshape(-1, 12),
@@ -124,7 +124,7 @@ def test_published_total_by_stage(published: HGAD, number: int, progress: float,
         for name in ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")
     }
     level = published.level(number)
-    losses = published.loss(number, level.arranged(given(number)), level.order, TRUE, progress)
+    losses = published.loss(number, level.arranged(given(number)), level.everywhere(4), TRUE, progress)
     expected = known["L_g"] - 100 * known["L_mi"] + known["L_e"] + known["L_g_intra"] + known["L_z"]
     assert losses["total"].item() == pytest.approx(expected, abs=1e-7)
     assert losses["information"].item() == pytest.approx(-known["L_mi"], abs=1e-9)
@@ -135,7 +135,7 @@ def likelihoods(model: HGAD) -> tuple[list[Tensor], list[Tensor]]:
     densities, certain = [], []
     for number in range(2):
         level = model.level(number)
-        z, logdet = level.latent(level.arranged(given(number)), level.order)
+        z, logdet = level.latent(level.arranged(given(number)), level.everywhere(4))
         densities.append(level.as_map(level.density(level.mixture.own(z, TRUE), logdet)).detach())
         certain.append(-level.as_map(entropy(level.mixture.logits(z))).detach())
     return densities, certain
@@ -249,7 +249,7 @@ def test_the_density_of_features_integrates_to_one_at_every_place() -> None:
     vectors = torch.cartesian_prod(first, second)[:, None, None, :].expand(-1, *places.shape, 2)
     area = float((first[1] - first[0]) * (second[1] - second[0]))
     with torch.no_grad():
-        z, logdet = level.latent(vectors, places)
+        z, logdet = level.latent(vectors, places.expand(len(vectors), -1, -1))
         for y in range(2):
             density = 2 * level.density(level.mixture.inside(z, y), logdet)
             mass = density.exp().sum(0) * area
@@ -260,10 +260,10 @@ def test_latents_by_place_and_maps_keep_their_places() -> None:
     level = small_level(3, cells(4, 6, 2), 4, 6)
     features = draw(2, 3, 4, 6)
     arranged = level.arranged(features)
-    z, _ = level.latent(arranged, level.order)
+    z, _ = level.latent(arranged, level.everywhere(len(arranged)))
     torch.testing.assert_close(level.as_map(arranged[..., 1]), features[:, 1], **EXACT)
     for place in range(24):
-        alone, _ = level.latent(features.flatten(2)[:, :, place][:, None, None], torch.tensor([[place]]))
+        alone, _ = level.latent(features.flatten(2)[:, :, place][:, None, None], torch.full((len(features), 1, 1), place))
         torch.testing.assert_close(level.as_map(z[..., 0]).flatten(1)[:, place], alone[:, 0, 0, 0], **EXACT)
 
 

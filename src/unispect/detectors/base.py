@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
-from unispect.errors import ConfigError
+from unispect.errors import ConfigError, unknown_name
 from unispect.types import Features, Scores
 
 # A pass over the features of a set of images, with the product of each: started anew by every call.
 Pass: TypeAlias = Callable[[], Iterable[tuple[Features, Tensor]]]
+
+PRECISIONS = ("f32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,10 @@ class Recipe:
     steps     number of steps; 0: as many as `passes` over the images need
     images    images that lend vectors to one step
     places    places taken from every cell of each of them, at random; 0: all
+    vectors   vectors of one optimizer step: all that are drawn in a step are shuffled and used in parts of so many, what is
+              left over dropped, as the published CFLOW-AD does; 0: one optimizer step on all
+    precision of the matrix products inside the couplings while training: "f32", or "bf16" with all sums in f32
+    compile   compile the losses with torch.compile; worth its start-up on a GPU
     decay     L2 weight decay on the flow
     stairs    the cosine schedule falls in so many steps; the first two warm up
     optimizer "per_level": each level has its own Adam; "shared": one Adam for all whose momentum keeps moving the levels
@@ -36,6 +42,9 @@ class Recipe:
     passes: float = 0.0
     images: int = 32
     places: int = 1
+    vectors: int = 0
+    precision: str = "f32"
+    compile: bool = False
     learning_rate: float = 2e-4
     beta1: float = 0.95
     beta2: float = 0.99
@@ -51,7 +60,10 @@ class Recipe:
             raise ConfigError(f"steps={self.steps}, passes={self.passes}: expected exactly one of the two above 0")
         if self.optimizer not in ("per_level", "shared"):
             raise ConfigError(f"optimizer: got {self.optimizer!r}, expected 'per_level' or 'shared'")
-        for name, least in {"images": 1, "places": 0, "stairs": 3, "checks": 0, "patience": 1, "held_out_images": 1}.items():
+        if self.precision not in PRECISIONS:
+            raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
+        counts = {"images": 1, "places": 0, "vectors": 0, "stairs": 3, "checks": 0, "patience": 1, "held_out_images": 1}
+        for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
 
@@ -133,7 +145,10 @@ class GradientDetector(Detector):
 
     @abstractmethod
     def grid(self, level: int) -> Tensor:
-        """Places of a level grouped by cell, (c, q) int64: what the loop samples from."""
+        """Places of a level grouped by cell, (c, q) int64: from every cell the loop draws.
+
+        What reads single vectors has one cell of all places, (1, h*w); what reads whole maps has a cell a place, (h*w, 1).
+        """
 
     @abstractmethod
     def prepare(self, train: Pass) -> None:
@@ -141,7 +156,7 @@ class GradientDetector(Detector):
 
     @abstractmethod
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
-        """Losses of vectors (m, c, q, C) at places (c, q) of images of products (m,); "total" is what is minimised."""
+        """Losses of vectors (m, c, q, C) at places (m, c, q) of images of products (m,); "total" is what is minimised."""
 
     @abstractmethod
     def held_out_loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor) -> Tensor:
@@ -152,5 +167,5 @@ class GradientDetector(Detector):
         """Parameters of a level with and without weight decay."""
 
     @abstractmethod
-    def finish(self, held_out: Pass) -> None:
-        """Statistics of the learnt detector on normal images that it was not trained on."""
+    def finish(self, train: Pass, held_out: Pass) -> None:
+        """Statistics of the learnt detector: on what it was trained on, and on normal images that it was not."""

@@ -63,10 +63,14 @@ class Level(nn.Module):
         return self.order.numel() > 1
 
     def latent(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (m, c, q, C) at places (c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q)."""
+        """Vectors (m, c, q, C) at places (m, c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q)."""
         x = (vectors.flatten(0, 2) - self.shift) @ self.whiten.T
-        z, logdet = self.flow(x, self.condition, places.flatten().repeat(len(vectors)))
+        z, logdet = self.flow(x, self.condition, places.flatten())
         return z.reshape(vectors.shape), (logdet + self.log_whiten).reshape(vectors.shape[:-1])
+
+    def everywhere(self, images: int) -> Tensor:
+        """All places of so many images by cell, (m, c, q)."""
+        return self.order.expand(images, -1, -1)
 
     def arranged(self, features: Tensor) -> Tensor:
         """A level (N, C, h, w) as vectors by cell, (N, c, q, C)."""
@@ -253,7 +257,7 @@ class HGAD(GradientDetector):
     def _latents(self, train: Pass) -> Iterator[tuple[int, int, Tensor]]:
         for number, y, vectors in self._vectors(train):
             level = self.level(number)
-            yield number, y, level.latent(vectors, level.order)[0]
+            yield number, y, level.latent(vectors, level.everywhere(len(vectors)))[0]
 
     def _moments(self) -> list[Moments]:
         """Empty sums for each level, one group a product."""
@@ -325,7 +329,7 @@ class HGAD(GradientDetector):
         mixture.log_volume[product] = torch.linalg.slogdet(metric)[1].to(mixture.log_volume.dtype)
 
     @torch.no_grad()
-    def finish(self, held_out: Pass) -> None:
+    def finish(self, train: Pass, held_out: Pass) -> None:
         """Scales of scores and likelihoods, from normal images that the flow was not trained on."""
         self._measure_logdet(held_out)
         self._measure_ceilings(held_out)
@@ -383,7 +387,7 @@ class HGAD(GradientDetector):
         latents = []
         for part, level in zip(self.levels, features, strict=True):
             assert isinstance(part, Level)
-            z, logdet = part.latent(part.arranged(level), part.order)
+            z, logdet = part.latent(part.arranged(level), part.everywhere(len(level)))
             latents.append(_Latent(part, z, logdet, part.mixture.logits(z)))
         return latents
 
