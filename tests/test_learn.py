@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from unispect.detectors.base import DealsFolds, StatisticalDetector
-from unispect.detectors.ensemble import Ensemble, deal
+from unispect.detectors.ensemble import Ensemble
 from unispect.errors import UnispectError
 from unispect.fit import BATCH, Labelled, learn
+from unispect.nn.alignment import deal
 from unispect.types import Features, Scores
 
 SHAPES = [(2, 3, 3), (4, 1, 1)]

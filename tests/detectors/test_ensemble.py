@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from unispect.detectors.base import DealsFolds, HoldsProducts, StatisticalDetector, TakesProduct
-from unispect.detectors.ensemble import LIFT, TAIL, Ensemble, deal, finest, without_itself
+from unispect.detectors.ensemble import LIFT, Ensemble
 from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
 from unispect.detectors.padim import PaDiM
 from unispect.errors import ConfigError, UnispectError
+from unispect.nn.alignment import TAIL, deal, finest, without_itself
 from unispect.types import Features, Scores
 
 SIDE = 5

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from unispect.detectors.base import DealsFolds, Detector, GradientDetector, StatisticalDetector
-from unispect.detectors.ensemble import Ensemble, finest
+from unispect.detectors.ensemble import Ensemble
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import ConfigError
 from unispect.inspector import complete
+from unispect.nn.alignment import finest
 
 SHAPES = [(6, 8, 8), (5, 4, 4), (7, 1, 1)]
 STATISTICAL = [name for name, kind in METHODS.items() if issubclass(kind, StatisticalDetector)]

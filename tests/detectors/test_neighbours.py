@@ -10,8 +10,9 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from unispect.detectors.base import HoldsProducts, TakesProduct
-from unispect.detectors.neighbours import PLAIN, Neighbours
+from unispect.detectors.neighbours import Neighbours
 from unispect.errors import ConfigError, UnispectError
+from unispect.nn.neighbourhood import PLAIN
 from unispect.types import Features
 
 SHAPES = [(4, 6, 6), (3, 3, 3), (5, 1, 1)]

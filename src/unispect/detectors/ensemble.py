@@ -18,64 +18,12 @@ from torch.nn.functional import softplus
 
 from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
 from unispect.errors import ConfigError, UnispectError
+from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
 from unispect.nn.maps import blurred, top_mean, upsampled
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
 
-TAIL = 0.95  # quantile of a product's out-of-fold scores that is brought to 0: thresholds lie in the tail
 LIFT = 2.0  # standard deviations added before evidence is joined: what lies below them counts next to nothing
-
-
-class Alignment(nn.Module):
-    """What out-of-fold scores of one product are like, member by member.
-
-    members   M, grid   side of the maps in which places are compared
-    """
-
-    place_mean: Tensor
-    place_scale: Tensor
-    mean: Tensor
-    scale: Tensor
-    tail: Tensor
-    spread: Tensor
-
-    def __init__(self, members: int, grid: int) -> None:
-        super().__init__()
-        self.register_buffer("place_mean", torch.zeros(members, grid, grid))
-        self.register_buffer("place_scale", torch.ones(members, grid, grid))
-        self.register_buffer("mean", torch.zeros(members))
-        self.register_buffer("scale", torch.ones(members))
-        self.register_buffer("tail", torch.zeros(()))
-        self.register_buffer("spread", torch.zeros(()))
-
-    def learn_places(self, maps: Tensor, prior: float) -> None:
-        """Mean and spread of each place, drawn towards those of all places by `prior` images, from maps (n, M, g, g)."""
-        exact = maps.double()
-        mean, scale = _places(exact.sum(0), exact.square().sum(0), len(maps), prior)
-        self.place_mean.copy_(mean)
-        self.place_scale.copy_(scale)
-
-    def learn_members(self, evidence: Tensor) -> None:
-        """Mean and spread of the members' evidence (n, M)."""
-        self.mean.copy_(evidence.mean(0))
-        self.scale.copy_(_spread(evidence))
-
-    def learn_sum(self, joined: Tensor) -> None:
-        """Tail and spread of the joined evidence (n,)."""
-        self.tail.copy_(joined.quantile(TAIL))
-        self.spread.copy_(_spread(joined[:, None])[0])
-
-    def places(self, maps: Tensor) -> Tensor:
-        """Maps (N, M, g, g) in units of their places."""
-        return (maps - self.place_mean) / self.place_scale
-
-    def members(self, evidence: Tensor) -> Tensor:
-        """Evidence (N, M) in units of the members."""
-        return (evidence - self.mean) / self.scale
-
-    def sum(self, joined: Tensor) -> Tensor:
-        """Joined evidence (N,) in units of the product."""
-        return (joined - self.tail) / self.spread
 
 
 class Ensemble(StatisticalDetector):
@@ -272,13 +220,12 @@ class _CrossFit:
     """Where the learning of an ensemble stands: copies of its members fold by fold, then the members themselves."""
 
     def __init__(self, members: list[nn.Module], folds: int, dealt: Tensor | None) -> None:
-        self.members, self.folds, self.dealt = members, folds, dealt
-        self.fold, self.scoring, self.seen, self.first = 0, False, 0, True
+        self.members, self.folds, self.dealt = members, folds, Folds(dealt, folds)
+        self.fold, self.scoring, self.first = 0, False, True
         self.working = deepcopy(members)
         self.pending = self.working
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._count: dict[tuple[int, int], int] = {}
-        self._turn: dict[int, int] = {}
 
     @property
     def ready(self) -> bool:
@@ -287,18 +234,8 @@ class _CrossFit:
 
     def chosen(self, product: Tensor) -> Tensor:
         """Which images of a batch are to be learnt from or, in scoring, to be scored, (N,) bool."""
-        place = torch.arange(self.seen, self.seen + len(product))
-        self.seen += len(product)
-        own = (self._in_turn(product) if self.dealt is None else self.dealt[place]) == self.fold
+        own = self.dealt.of(product) == self.fold
         return own if self.scoring else ~own
-
-    def _in_turn(self, product: Tensor) -> Tensor:
-        """Fold of each image, those of each product in turn, (N,)."""
-        turns = []
-        for y in product.tolist():
-            turns.append(self._turn.get(y, 0) % self.folds)
-            self._turn[y] = self._turn.get(y, 0) + 1
-        return torch.tensor(turns)
 
     def learn(self, levels: Features, product: Tensor) -> None:
         """A batch for the members that want this pass."""
@@ -322,7 +259,8 @@ class _CrossFit:
 
     def finish(self) -> bool:
         """End of a pass; True where one more is wanted."""
-        self.seen, self.first, self._turn = 0, False, {}
+        self.first = False
+        self.dealt.start()
         if self.scoring:
             self.scoring, self.fold = False, self.fold + 1
             self.working = self.members if self.fold == self.folds else deepcopy(self.members)
@@ -331,51 +269,6 @@ class _CrossFit:
         self.pending = [part for part in self.pending if isinstance(part, StatisticalDetector) and part.finish()]
         self.scoring = not self.pending and self.fold < self.folds
         return bool(self.pending) or self.scoring
-
-
-def finest(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Side of the finest grid of the features, in which members map."""
-    return max(max(height, width) for _, height, width in shapes)
-
-
-def deal(product: Tensor, unit: Tensor, folds: int, seed: int) -> Tensor:
-    """Fold of each image, (n,): the units of each product are shuffled and dealt, images of one unit together."""
-    dealt = torch.zeros_like(product)
-    for y in product.unique().tolist():
-        own = product == y
-        names, place = unit[own].unique(return_inverse=True)
-        if len(names) < 2:  # nothing would be left to learn from
-            names = place = torch.arange(int(own.sum()))
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-        dealt[own] = (order % folds)[place]
-    return dealt
-
-
-def without_itself(maps: Tensor, prior: float) -> Tensor:
-    """Each of some maps (n, M, g, g) in units of its places, measured on the others alone."""
-    maps = maps.double()
-    if len(maps) < 3:
-        mean, scale = _places(maps.sum(0), maps.square().sum(0), len(maps), prior)
-        return ((maps - mean) / scale).float()
-    total, square = maps.sum(0), maps.square().sum(0)
-    mean, scale = _places(total - maps, square - maps.square(), len(maps) - 1, prior)
-    return ((maps - mean) / scale).float()
-
-
-def _places(total: Tensor, square: Tensor, count: int, prior: float) -> tuple[Tensor, Tensor]:
-    """Mean and spread of each place from sums over images (..., g, g), drawn towards those of all places."""
-    mean = total / count
-    variance = (square / count - mean.square()).clamp(min=0)
-    typical, spread = mean.mean((-2, -1), keepdim=True), variance.mean((-2, -1), keepdim=True)
-    drawn = (count * variance + prior * spread) / (count + prior)
-    least = 1e-6 * typical.abs() + 1e-9
-    return (count * mean + prior * typical) / (count + prior), drawn.sqrt().clamp(min=least)
-
-
-def _spread(values: Tensor) -> Tensor:
-    """Standard deviation of columns (n, M) -> (M,), never 0; of a single row, the size of its values."""
-    found = values.std(0) if len(values) > 1 else values[0].abs()
-    return found.clamp(min=1e-6 * values.abs().mean(0) + 1e-9)
 
 
 def _scored(part: nn.Module, features: Features, product: Tensor) -> Scores:

@@ -7,7 +7,7 @@ from typing import Any
 
 from unispect.config import construct
 from unispect.detectors.base import Detector, StatisticalDetector
-from unispect.detectors.ensemble import Ensemble, finest
+from unispect.detectors.ensemble import Ensemble
 from unispect.detectors.hgad import HGAD
 from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
@@ -15,6 +15,7 @@ from unispect.detectors.padim import PaDiM
 from unispect.detectors.patchcore import PatchCore
 from unispect.detectors.spade import SPADE
 from unispect.errors import ConfigError, unknown_name
+from unispect.nn.alignment import finest
 
 METHODS: dict[str, type[Detector]] = {
     "hgad": HGAD,
