@@ -227,7 +227,7 @@ def test_fit_tells_what_it_learnt(run: Run, place: Place, tmp_path: Path) -> Non
     result = run(*given, *small())
     assert result.code == 0
     assert "fabric, gear" in result.out
-    assert "44 to learn from, 8 held out, 8 to calibrate" in result.out
+    assert "46 to learn from, 6 held out, 8 to calibrate" in result.out
     assert "at most 20.00% false alarms" in result.out
     assert result.out.endswith(f"Model: {tmp_path / 'm'}\n")
     assert result.err == ""

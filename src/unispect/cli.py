@@ -782,6 +782,19 @@ PAPERS = {
   note = {arXiv:2403.13349}
 }""",
     ),
+    "cflow": Paper(
+        "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional Normalizing Flows",
+        "https://arxiv.org/abs/2107.12571",
+        "a normalising flow of the feature vectors of each level, conditioned on their place",
+        """\
+@inproceedings{gudovskiy2022cflow,
+  title = {{CFLOW-AD}: Real-Time Unsupervised Anomaly Detection with Localization via Conditional Normalizing Flows},
+  author = {Gudovskiy, Denis and Ishizaka, Shun and Kozuka, Kazuki},
+  booktitle = {IEEE/CVF Winter Conference on Applications of Computer Vision},
+  year = {2022},
+  note = {arXiv:2107.12571}
+}""",
+    ),
     "ensemble": Paper(
         "Stacked generalization (the idea of learning from scores out of fold; the detector is unispect's own)",
         "https://doi.org/10.1016/S0893-6080(05)80023-1",
@@ -795,6 +808,18 @@ PAPERS = {
   number = {2},
   pages = {241--259},
   year = {1992}
+}""",
+    ),
+    "fastflow": Paper(
+        "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows",
+        "https://arxiv.org/abs/2111.07677",
+        "a normalising flow of the whole feature map of each level, with convolutions inside",
+        """\
+@misc{yu2021fastflow,
+  title = {{FastFlow}: Unsupervised Anomaly Detection and Localization via {2D} Normalizing Flows},
+  author = {Yu, Jiawei and Zheng, Ye and Wang, Xiang and Li, Wei and Wu, Yushuang and Zhao, Rui and Wu, Liwei},
+  year = {2021},
+  note = {arXiv:2111.07677}
 }""",
     ),
     "neighbours": Paper(

@@ -19,6 +19,7 @@ from torch import Tensor
 from unispect.detectors.base import DealsFolds, GradientDetector, Pass, Recipe, StatisticalDetector
 from unispect.errors import UnispectError
 from unispect.features.cache import FeatureSet
+from unispect.nn.coupling import Flow
 from unispect.store import read_checkpoint, write_checkpoint
 
 BATCH = 16  # images in a pass for statistics
@@ -130,8 +131,7 @@ def learn(detector: StatisticalDetector, train: Labelled, progress: Progress | N
     progress   called after each batch with images seen in this pass, images in all and no losses
     """
     if isinstance(detector, DealsFolds):
-        unit = np.arange(len(train.product)) if train.unit is None else train.unit
-        detector.begin(torch.from_numpy(train.product), torch.from_numpy(unit))
+        detector.begin(*_told(train))
     passes, more = 0, True
     while more:
         done = 0
@@ -142,6 +142,16 @@ def learn(detector: StatisticalDetector, train: Labelled, progress: Progress | N
                 progress(done, len(train.features), {})
         passes, more = passes + 1, detector.finish()
     return passes
+
+
+def _told(*sets: Labelled) -> tuple[Tensor, Tensor]:
+    """Products and units of all images, one set after another; no unit is in two sets."""
+    units, above = [], 0
+    for data in sets:
+        unit = np.arange(len(data.product)) if data.unit is None else data.unit
+        units.append(unit + above)
+        above += int(unit.max(initial=-1)) + 1
+    return torch.from_numpy(np.concatenate([data.product for data in sets])), torch.from_numpy(np.concatenate(units))
 
 
 def fit(
@@ -164,6 +174,8 @@ def fit(
 
     Raises UnispectError for a checkpoint of another run.
     """
+    if isinstance(detector, DealsFolds):
+        detector.begin(*_told(train, held_out))
     loop = _Loop(detector, train, held_out, recipe, seed, checkpoint, identity, watch)
     if not loop.resume():
         detector.prepare(train.batches())
@@ -224,6 +236,7 @@ class _Loop:
     def run(self, progress: Progress | None) -> None:
         """All remaining steps, then the best states back in place."""
         losses: dict[str, float] = {}
+        _set_precision(self.detector, self.recipe.precision)
         while self.step < self.steps and not all(self.history.stopped):
             for level in self.levels:
                 if not self.history.stopped[level]:
@@ -234,6 +247,7 @@ class _Loop:
                 self._save()
             if progress:
                 progress(self.step, self.steps, losses | self._latest())
+        _set_precision(self.detector, "f32")
         if self.recipe.checks:
             self._restore()
 
@@ -324,6 +338,13 @@ class _Loop:
             _fill(optimizer, _below(tensors, f"adam.{number}."))
         self.step, self.history = meta["step"], History(**meta["history"])
         return True
+
+
+def _set_precision(detector: GradientDetector, precision: str) -> None:
+    """Of the products inside the couplings, in training alone: scores are always computed in single precision."""
+    for part in detector.modules():
+        if isinstance(part, Flow):
+            part.set_precision(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

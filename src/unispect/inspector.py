@@ -22,7 +22,7 @@ from unispect.data.folder import images_below
 from unispect.data.leak import Seen
 from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
-from unispect.data.records import ROLES, Record, Split, content_hash, split_normals
+from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
@@ -48,16 +48,20 @@ class FeatureSettings:
     """Which frozen network looks at the images, and how (see features.pyramid and features.engine)."""
 
     backbone: str = "tf_efficientnet_lite0"
-    layers: tuple[str, ...] = ("blocks.2", "blocks.4")
+    layers: tuple[str, ...] = ("blocks.3", "blocks.4")
+    joined: bool = False
     scales: tuple[float, ...] = (1.0,)
     pooled: tuple[str, ...] = ("blocks.5", "blocks.6")
     weights: str = "auto"
+    padding: str = "zeros"
     engine: str = "auto"
     precision: str = "f32"
 
     def build(self) -> Engine:
         """The network, ready to run."""
-        extractor = PyramidExtractor(self.backbone, self.layers, self.scales, self.pooled, self.weights)
+        extractor = PyramidExtractor(
+            self.backbone, self.layers, self.scales, self.pooled, self.weights, self.joined, self.padding
+        )
         return engine(extractor, self.engine, self.precision)
 
 
@@ -65,7 +69,7 @@ class FeatureSettings:
 class SplitSettings:
     """Shares of the normal images of each product that the detector does not learn from."""
 
-    held_out: float = 0.12
+    held_out: float = 0.1
     calibration: float = 0.14
 
 
@@ -565,7 +569,10 @@ class _Fit:
         wanted = ("train", "held_out") if gradients else ("train",)
         roles = {name: self._features(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
-        data = {name: Labelled(found, labels[name], _units(records)) for name, (found, records) in roles.items()}
+        data = {
+            name: Labelled(found, labels[name], np.array(unit_numbers(records, split.hashes), np.int64))
+            for name, (found, records) in roles.items()
+        }
         _check_enough(data["train"].product, names)
         shapes = data["train"].features.shapes
         detector = build(self.config, shapes, len(names))
@@ -713,12 +720,6 @@ def _numbers(records: Sequence[Record], place: Mapping[str, int]) -> np.ndarray:
 
 def _split_of(roles: Mapping[str, tuple[Record, ...]], hashes: Mapping[Path, str]) -> Split:
     return Split(roles["train"], roles["held_out"], roles["calibration"], hashes)
-
-
-def _units(records: Sequence[Record]) -> np.ndarray:
-    """A number for each capture group, and one for each image that has none."""
-    names = [str(record.path) if record.group is None else f"{record.product}/{record.group}" for record in records]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def _pooled(features: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unispect.data.records import Record, Split, content_hash, split_normals
+from unispect.data.records import Record, Split, content_hash, split_normals, unit_numbers
 from unispect.errors import DataError
 
 ROLES = ("train", "held_out", "calibration")
@@ -162,6 +162,18 @@ def test_a_group_name_means_nothing_in_another_product(tmp_path: Path) -> None:
     found = roles(split_normals(given, 0.4, 0.4, 0))
     parts = {product: [found[r.path] for r in given if r.product == product] for product in ("a", "b")}
     assert len(set(parts["a"])) == len(set(parts["b"])) == 3
+
+
+def test_numbers_of_units_hold_groups_and_copies_together(tmp_path: Path) -> None:
+    made = records(tmp_path, {"a": 6, "b": 4}, groups=3)
+    made[3].path.write_bytes(made[1].path.read_bytes())  # joins groups g0 and g1 of product a
+    made += [Record(tmp_path / "alone.png", "a", 0), Record(tmp_path / "copy.png", "a", 0)]
+    for record in made[10:]:
+        record.path.write_bytes(b"twice")
+    hashes = {record.path: content_hash(record.path) for record in made}
+    found = unit_numbers(made, hashes)
+    assert found == [0, 0, 1, 0, 0, 1, 3, 4, 5, 3, 2, 2]
+    assert unit_numbers(made[::-1], hashes) == found[::-1]
 
 
 def test_a_split_survives_json_without_the_files(tmp_path: Path) -> None:

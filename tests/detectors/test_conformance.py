@@ -23,6 +23,8 @@ PRODUCTS = 3
 SIDE = 16
 SHORT = Recipe(steps=12, images=12, places=2, checks=3, learning_rate=1e-3)
 LONG = Recipe(steps=100, images=12, places=4, checks=2, learning_rate=1e-2)
+VECTORS = Recipe(steps=60, images=12, places=0, vectors=64, checks=2, learning_rate=5e-2)
+MAPS = Recipe(steps=40, images=12, checks=2, learning_rate=3e-3)
 PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02}
 
 
@@ -45,6 +47,10 @@ CASES = [
     Case("hgad", PUBLISHED | {"score": "gated"}, defect="between"),
     Case("hgad", PUBLISHED | {"score": "product"}, defect="between"),
     Case("hgad", PUBLISHED | {"start": "published", "delta_scale": 1.0}, LONG),
+    Case("cflow", recipe=VECTORS),
+    Case("cflow", {"position": 0, "mixing": "permutation"}, VECTORS),
+    Case("fastflow", recipe=MAPS),
+    Case("fastflow", {"kernels": [3, 1], "ratio": 0.5, "affine": True, "per_dimension": True}, MAPS),
     Case("opca", random=False),
     Case("opca", {"image": "top", "components": "pca", "variance": 0.95}, random=False),
     Case("opca", {"mode": "pooled", "components": "all"}, random=False),
@@ -60,6 +66,8 @@ CASES = [
 ]
 SMALL = {
     "hgad": {"blocks": 2, "position": 8, "centres": 3, "map_side": SIDE, "sigma": 1.0},
+    "cflow": {"blocks": 2, "position": 8, "map_side": SIDE},
+    "fastflow": {"blocks": 2, "map_side": SIDE},
     "opca": {"map_side": SIDE, "sigma": 1.0},
     "padim": {"map_side": SIDE, "sigma": 1.0},
     "patchcore": {"map_side": SIDE, "sigma": 1.0, "dimension": 32, "coreset": 0.5},

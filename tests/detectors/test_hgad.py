@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +12,19 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from unispect.detectors.base import Recipe
 from unispect.detectors.hgad import HGAD, Level, cells, fused
 from unispect.errors import ConfigError
+from unispect.fit import Labelled, fit
 from unispect.nn.coupling import Flow
-from unispect.nn.mixture import HierarchicalMixture, entropy
+from unispect.nn.mixture import HierarchicalMixture, MixtureTerms, entropy
 
 PUBLISHED = {
     name: torch.from_numpy(value)
     for name, value in np.load(Path(__file__).parents[1] / "fixtures" / "hgad_published.npz").items()
 }
 SHAPES = [(12, 5, 6), (12, 3, 3)]
+SMALL = [(6, 4, 4), (5, 1, 1)]
 TRUE = torch.arange(4)  # image i is of product i
 EXACT = {"rtol": 0.0, "atol": 1e-9}
 OURS = {
@@ -43,6 +48,32 @@ def _double() -> Iterator[None]:
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Drawn:
+    """Features of normal images of two products, standing in for a FeatureSet."""
+
+    def __init__(self, levels: list[Tensor]) -> None:
+        self.levels, self.shapes = levels, SMALL
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
+        vectors = self.levels[level].flatten(2).mT
+        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        for start in range(0, len(self), size):
+            part = [level[start : start + size] for level in self.levels]
+            yield np.arange(start, start + len(part[0])), part
+
+
+def labelled(count: int, seed: int) -> Labelled:
+    product = np.arange(count) % 2
+    shift = 3 * torch.from_numpy(product).float()[:, None, None, None]
+    levels = [(draw(count, *shape, seed=seed + n) + shift).float() for n, shape in enumerate(SMALL)]
+    return Labelled(Drawn(levels), product)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -265,6 +296,121 @@ def test_latents_by_place_and_maps_keep_their_places() -> None:
     for place in range(24):
         alone, _ = level.latent(features.flatten(2)[:, :, place][:, None, None], torch.full((len(features), 1, 1), place))
         torch.testing.assert_close(level.as_map(z[..., 0]).flatten(1)[:, place], alone[:, 0, 0, 0], **EXACT)
+
+
+# The paper's ablations
+
+
+def loss_of(options: dict[str, Any], progress: float) -> tuple[float, MixtureTerms]:
+    model = HGAD([(6, 2, 2)], 3, blocks=1, position=4, start="published", covariance="identity", map_side=8, **options)
+    vectors, product = draw(6, 1, 4, 6, seed=7), torch.arange(6) % 3
+    level = model.level(0)
+    places = level.everywhere(6)
+    with torch.no_grad():
+        z, logdet = level.latent(vectors, places)
+        terms = level.mixture.terms(z, logdet, product, model.label_smoothing)
+        return float(model.loss(0, vectors, places, product, progress)["total"]), terms
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"lambda1": 2.0, "lambda2": 0.0, "entropy": False, "intra": False}, {"inter": 2.0}),
+        ({"lambda2": 10.0, "intra": False}, {"inter": 1.0, "information": 10.0, "entropy": 1.0}),
+        ({"lambda1": 0.0, "lambda2": 0.0, "entropy": False, "log_sigmoid": False}, {"intra": 1.0}),
+        ({}, {"inter": 1.0, "information": 1.0, "entropy": 1.0, "intra": 1.0, "sigmoid": 1.0}),
+    ],
+)
+def test_each_loss_can_be_left_out(options: dict[str, Any], parts: dict[str, float]) -> None:
+    total, terms = loss_of(options, 0.5)
+    assert total == pytest.approx(sum(weight * float(getattr(terms, name)) for name, weight in parts.items()), rel=1e-12)
+
+
+def test_a_single_centre_is_a_plain_flow() -> None:
+    total, _ = loss_of({"main": "single", "lambda2": 0.0, "entropy": False, "intra": False}, 0.0)
+    model = HGAD([(6, 2, 2)], 3, blocks=1, position=4, start="published", covariance="identity", map_side=8)
+    z, logdet = model.level(0).latent(draw(6, 1, 4, 6, seed=7), model.level(0).everywhere(6))
+    assert total == pytest.approx(float((z.square().sum(-1) / 2 - logdet).mean().detach() / 6), rel=1e-12)
+
+
+def test_fixed_centres_with_one_inside_are_the_gaussian_of_the_own_product() -> None:
+    options = {"main": "fixed", "centres": 1, "lambda1": 0.0, "lambda2": 0.0, "entropy": False, "log_sigmoid": False}
+    total, _ = loss_of(options | {"first_stage": 0.0}, 0.0)
+    model = HGAD([(6, 2, 2)], 3, blocks=1, position=4, start="published", covariance="identity", map_side=8)
+    level, product = model.level(0), torch.arange(6) % 3
+    z, logdet = level.latent(draw(6, 1, 4, 6, seed=7), level.everywhere(6))
+    gap = (z - level.mixture.mu[product][:, None, None]).square().sum(-1)
+    assert total == pytest.approx(float((gap / 2 - logdet).mean().detach() / 6), rel=1e-12)
+
+
+@pytest.mark.parametrize("main", ["fixed", "single"])
+def test_centres_that_are_not_learnt_stay(main: str) -> None:
+    model = HGAD([(6, 2, 2)], 3, blocks=1, position=4, start="published", covariance="identity", main=main, map_side=8)
+    level = model.level(0)
+    model.loss(0, draw(6, 1, 4, 6), level.everywhere(6), torch.arange(6) % 3, 1.0)["total"].backward()
+    assert level.mixture.mu.grad is None
+    assert bool((level.mixture.mu == 0).all()) == (main == "single")
+
+
+def test_criteria_are_the_factors_of_the_product(published: HGAD) -> None:
+    features = [given(0), given(1)]
+    for name, expected in (("likelihood", 0), ("entropy", 1)):
+        published.criterion = name
+        maps = published.forward_given(features, TRUE).maps
+        factors = [
+            [
+                torch.exp((density - published.ceilings[n]).clamp(max=0))
+                for n, density in enumerate(likelihoods(published)[0])
+            ],
+            [torch.exp(value) for value in likelihoods(published)[1]],
+        ]
+        torch.testing.assert_close(maps, fused(factors[expected], 2.0, 16, 4.0), **EXACT)
+
+
+# Many centres
+
+
+def crowded(**options: Any) -> tuple[HGAD, Labelled, Labelled]:
+    torch.set_default_dtype(torch.float32)
+    model = HGAD(SMALL, 2, blocks=1, position=4, map_side=8, sigma=0.5, top=0.1, **options)
+    return model, labelled(24, 1), labelled(8, 2)
+
+
+def test_nearest_scores_of_images_out_of_fold_have_their_tail_at_zero() -> None:
+    model, train, held_out = crowded()
+    fit(model, train, held_out, Recipe(steps=1), 0)
+    fresh = torch.cat([model(levels).image for levels, _ in labelled(200, 3).batches()()])
+    assert 0.85 < float((fresh < 0).float().mean()) < 1  # 95 % of few images
+    learnt = torch.cat([model(levels).image for levels, _ in train.batches()()])
+    assert float(learnt.median()) < float(fresh.median()) - 0.5  # so scales from learnt images would have been wrong
+
+
+def test_units_stay_in_one_fold() -> None:
+    model, train, held_out = crowded()
+    unit = np.arange(24) // 6
+    model.begin(torch.cat([torch.from_numpy(part.product) for part in (train, held_out)]), torch.arange(32))
+    alone = model._dealt
+    fit(model, replace(train, unit=unit), held_out, Recipe(steps=1), 0)
+    assert model._dealt is not None
+    assert alone is not None
+    for group in range(4):
+        for y in range(2):
+            own = (unit == group) & (train.product == y)
+            assert len(set(model._dealt[:24][torch.from_numpy(own)].tolist())) == 1
+    assert not torch.equal(alone, model._dealt)
+
+
+def test_a_defect_is_far_from_all_centres_and_shows_where_it_is() -> None:
+    model, train, held_out = crowded()
+    fit(model, train, held_out, Recipe(steps=1), 0)
+    levels, _ = next(iter(labelled(8, 4).batches()()))
+    spoilt = [level.clone() for level in levels]
+    spoilt[0][:, :, 1, 2] += 6
+    before, after = model(levels), model(spoilt)
+    assert (after.image > before.image + 3).all()
+    change = (after.maps - before.maps).flatten(1).argmax(1)
+    assert ((change // 8 - 3).abs() <= 2).all()
+    assert ((change % 8 - 5).abs() <= 2).all()
 
 
 def test_weight_decay_is_for_the_flow_alone(published: HGAD) -> None:

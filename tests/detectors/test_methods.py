@@ -36,7 +36,7 @@ def test_a_name_builds_its_method(method: str) -> None:
     detector = built(method)
     assert type(detector) is METHODS[method]
     assert isinstance(detector, StatisticalDetector) != isinstance(detector, GradientDetector)
-    assert isinstance(detector, DealsFolds) == (method == "ensemble")
+    assert isinstance(detector, DealsFolds) == (method in ("ensemble", "hgad"))
 
 
 @pytest.mark.parametrize("method", METHODS)

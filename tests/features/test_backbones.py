@@ -1,9 +1,13 @@
+import hashlib
+import json
+
 import pytest
 import timm
 import torch
 
 from unispect.errors import ConfigError
 from unispect.features.backbones import Backbone
+from unispect.features.pyramid import PyramidExtractor
 from unispect.features.weights import load_backbone_weights
 
 LITE = "tf_efficientnet_lite0"
@@ -103,3 +107,98 @@ def test_stays_frozen_in_training() -> None:
 def test_layers_that_are_not_there(layers: list[str | int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Backbone(LITE, layers)
+
+
+TAPS = ["blocks.2.2.conv_pwl", "blocks.4.1.conv_pwl", "blocks.5.2.conv_pwl"]
+
+
+def test_layers_inside_the_blocks_of_a_mobilenet() -> None:
+    """The encoder of CFLOW-AD's MobileNetV3-L: the projections of torchvision's blocks 6, 12 and 15."""
+    images, name = _images(side=96), "mobilenetv3_large_100"
+    backbone = Backbone(name, [*TAPS, "blocks.4.1", "blocks.5"], "random")
+    assert backbone.channels == (40, 112, 160, 112, 160)
+    assert backbone.strides == (8, 16, 32, 16, 32)
+    assert len(backbone.trunk.blocks) == 6
+    network = timm.create_model(name, num_classes=0).eval()
+    network.load_state_dict(load_backbone_weights(name, "random")[0])
+    outputs = {}
+    for layer in backbone.layers:
+        network.get_submodule(layer).register_forward_hook(
+            lambda _, __, out, name=layer: outputs.update({name: out.clone()})
+        )
+    with torch.inference_mode():
+        network(backbone.normalise(images))
+        levels = backbone(images)
+    assert all(torch.equal(level, outputs[layer]) for level, layer in zip(levels, backbone.layers, strict=True))
+
+
+def test_layers_inside_the_blocks_of_an_efficientnet() -> None:
+    images = _images()
+    backbone, whole = Backbone(LITE, ["blocks.2.1.conv_pwl", "blocks.4"]), Backbone(LITE, ["blocks.4"])
+    with torch.inference_mode():
+        assert torch.equal(backbone(images)[1], whole(images)[0])
+    assert backbone.channels == (40, 112)
+    with pytest.raises(ConfigError, match=r"unknown layer of backbone .*'blocks\.2\.9\.conv_pwl'"):
+        Backbone(LITE, ["blocks.2.9.conv_pwl"])
+
+
+def test_a_mobilenet_is_that_of_timm() -> None:
+    images, name = _images(), "mobilenetv3_large_100"
+    backbone, reference = Backbone(name, [0, 2, 3], "random"), _features_only(name, (0, 2, 3), "random")
+    with torch.inference_mode():
+        levels = backbone(images)
+        expected = reference(backbone.normalise(images))
+    assert all(torch.equal(level, other) for level, other in zip(levels, expected, strict=True))
+
+
+def test_the_residual_encoders_of_cflow() -> None:
+    backbone = Backbone("resnet18", ["layer2", "layer3", "layer4"], "random", "reflect")
+    assert backbone.channels == (128, 256, 512)
+    assert backbone.strides == (8, 16, 32)
+    with torch.device("meta"):
+        info = {entry["module"]: entry for entry in timm.create_model("wide_resnet50_2").feature_info}
+    assert [info[layer]["num_chs"] for layer in backbone.layers] == [512, 1024, 2048]
+    assert [info[layer]["reduction"] for layer in backbone.layers] == [8, 16, 32]
+
+
+def test_reflect_padding_is_that_of_every_padded_convolution() -> None:
+    """Against the network with unpadded convolutions whose inputs are padded by hand."""
+    images = _images(side=96)
+    backbone = Backbone("resnet18", ["layer2", "layer4"], "random", "reflect")
+    network = timm.create_model("resnet18", num_classes=0).eval()
+    network.load_state_dict(load_backbone_weights("resnet18", "random")[0])
+    outputs, padded = {}, 0
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
+            side = module.kernel_size[0] // 2
+            module.padding, padded = (0, 0), padded + 1
+            module.register_forward_pre_hook(
+                lambda _, x, side=side: (torch.nn.functional.pad(x[0], [side] * 4, mode="reflect"),)
+            )
+    for layer in backbone.layers:
+        network.get_submodule(layer).register_forward_hook(lambda _, __, out, name=layer: outputs.update({name: out}))
+    with torch.inference_mode():
+        network(backbone.normalise(images))
+        levels, zeros = backbone(images), Backbone("resnet18", ["layer2", "layer4"], "random")(images)
+    assert padded == 17
+    for layer, level, other in zip(backbone.layers, levels, zeros, strict=True):
+        torch.testing.assert_close(level, outputs[layer], rtol=1e-5, atol=1e-6)
+        assert (level - other).abs().max() > 1e-3
+
+
+def test_padding_is_part_of_the_fingerprint_and_zeros_leave_it_as_it_was() -> None:
+    default, zeros, reflect = (
+        PyramidExtractor("resnet18", ["layer2"], (1.0, 0.5), ["layer3"], "random", **options)
+        for options in ({}, {"padding": "zeros"}, {"padding": "reflect"})
+    )
+    constants = [default.backbone.mean.flatten().tolist(), default.backbone.std.flatten().tolist()]
+    parts = ["pyramid", "resnet18", default.backbone.sha256, constants, (1.0, 0.5), ("layer2",), ("layer3",)]
+    assert default.fingerprint == zeros.fingerprint == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    assert default.fingerprint != reflect.fingerprint
+
+
+def test_padding_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="unknown padding 'reflection': did you mean 'reflect'"):
+        Backbone("resnet18", ["layer2"], "random", "reflection")
+    with pytest.raises(ConfigError, match="expected 'zeros', only ResNets can be padded otherwise"):
+        Backbone(LITE, ["blocks.2"], padding="reflect")

@@ -82,3 +82,18 @@ def test_fingerprint_tells_functions_apart_and_not_spellings() -> None:
 def test_impossible_pyramids(layers: list[str | int], scales: tuple[float, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PyramidExtractor("resnet18", layers, scales, weights="random")
+
+
+def test_joined_layers_are_one_level_a_scale_on_the_largest_grid() -> None:
+    apart = PyramidExtractor(LITE, [2, "blocks.4"], (1.0, 0.5), ["blocks.6"])
+    joined = PyramidExtractor(LITE, [2, "blocks.4"], (1.0, 0.5), ["blocks.6"], joined=True)
+    with torch.inference_mode():
+        levels, found = apart(_images()), joined(_images())
+    expected = []
+    for first, second in (levels[:2], levels[2:4]):
+        larger = interpolate(second, first.shape[2:], mode="bilinear", align_corners=False)
+        expected.append(torch.cat([first, larger], 1))
+    assert all(torch.equal(level, other) for level, other in zip(found, [*expected, levels[4]], strict=True))
+    assert joined.level_names == ("blocks.2+blocks.4", "blocks.2+blocks.4@0.5", "pool:blocks.6")
+    assert joined.channels == tuple(level.shape[1] for level in found)
+    assert joined.fingerprint != apart.fingerprint

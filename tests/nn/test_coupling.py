@@ -202,3 +202,95 @@ def test_errors() -> None:
         CouplingBlock(1)
     with pytest.raises(ConfigError, match="unknown clamp 'tahn': did you mean 'tanh'"):
         CouplingBlock(4, clamp="tahn")
+
+
+@pytest.mark.parametrize("condition", [0, 4])
+def test_permutation_is_equal_to_freia(condition: int) -> None:
+    flow = stirred(Flow(7, condition, blocks=3, mixing="permutation"))
+    x = y = draw(40, 7)
+    code = draw(40, condition, seed=2) if condition else None
+    expected = torch.zeros(40)
+    for block in flow.blocks:
+        block.register_buffer("rotation", torch.eye(7)[block.order])
+        (y,), part = freia_like(block, 7, condition)((y,), [] if code is None else [code])
+        expected = expected + part
+    z, logdet = flow(x, code, torch.arange(40))
+    torch.testing.assert_close(z, y, **EXACT)
+    torch.testing.assert_close(logdet, expected, **EXACT)
+    torch.testing.assert_close(flow.inverse(z, code, torch.arange(40)), x, rtol=0, atol=1e-9)
+
+
+def literally(block: CouplingBlock, x: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+    """The block in single precision, operation by operation as saved models were trained with."""
+    kept, moved = x.split([block.kept, block.moved], dim=-1)
+    hidden = nn.functional.linear(kept, block.hidden.weight[:, : block.kept]) + term
+    raw, shift = (0.1 * block.output(hidden.relu())).split(block.moved, dim=-1)
+    log_scale = block.alpha * raw.tanh()
+    scale = 0.1 * nn.functional.softplus(block.scale, beta=0.5)
+    y = torch.cat([kept, moved * log_scale.exp() + shift], dim=-1)
+    z = nn.functional.linear(y, block.rotation * scale, block.rotation @ block.offset)
+    return z, log_scale.sum(-1) + scale.log().sum()
+
+
+def test_single_precision_is_the_same_to_the_bit_as_ever_and_after_bf16() -> None:
+    flow, x, code = stirred(Flow(9, 8, 2), strength=0.1).float(), draw(24, 9).float(), draw(24, 8, seed=2).float()
+    flow.set_precision(torch.bfloat16)
+    flow.set_precision(torch.float32)
+    y, expected = x, torch.zeros(24, dtype=torch.float32)
+    for block in flow.blocks:
+        condition = nn.functional.linear(code, block.hidden.weight[:, block.kept :], block.hidden.bias)
+        y, part = literally(block, y, condition)
+        expected = expected + part
+    z, logdet = flow(x, code, torch.arange(24))
+    assert torch.equal(z, y)
+    assert torch.equal(logdet, expected)
+
+
+def test_bf16_is_within_what_rounding_the_subnet_can_do() -> None:
+    """Six roundings of a relative 2^-9 each lie on the way through a subnet; the bound is that of the worst case."""
+    block, x, code = Flow(9, 8, 1).float().blocks[0], draw(64, 9).float(), draw(64, 8, seed=2).float()
+    joined = torch.cat([x[:, :5], code], 1)
+    size = joined.abs() @ block.hidden.weight.abs().T + block.hidden.bias.abs()
+    bound = 0.1 * 6.5 * 2**-9 * (size @ block.output.weight.abs().T)
+    exact = block._scale_and_shift(x[:, :5], block.condition_term(code))
+    block.precision = torch.bfloat16
+    reduced = block._scale_and_shift(x[:, :5], block.condition_term(code))
+    assert ((exact[1] - reduced[1]).abs() <= bound[:, 4:]).all()
+    assert ((exact[0] - reduced[0]).abs() <= 1.9 * bound[:, :4]).all()
+    assert not torch.equal(exact[0], reduced[0])
+
+
+def test_bf16_leaves_everything_but_the_subnet_as_it_was() -> None:
+    """With subnets that give nothing, no product is left to round."""
+    still, x = Flow(9, 8, 3, still=True).float(), draw(64, 9).float()
+    exact = still(x, draw(64, 8, seed=2).float())
+    still.set_precision(torch.bfloat16)
+    reduced = still(x, draw(64, 8, seed=2).float())
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact, reduced, strict=True))
+
+
+def test_precision_is_no_state() -> None:
+    flow = Flow(6, 4, 2)
+    names = list(flow.state_dict())
+    flow.set_precision(torch.bfloat16)
+    assert list(flow.state_dict()) == names
+    other = Flow(6, 4, 2, seed=1)
+    other.load_state_dict(flow.state_dict())
+    assert all(block.precision == torch.float32 for block in other.blocks)
+    with pytest.raises(ConfigError, match=r"precision: got torch\.float16, expected one of torch\.float32"):
+        flow.set_precision(torch.float16)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_compiled_flow_is_one_graph_and_the_same(precision: torch.dtype) -> None:
+    flow, x, code = Flow(6, 8, 1).float(), draw(24, 6).float(), draw(4, 8, seed=2).float()
+    maps, m = Flow(6, 0, 1, mixing="permutation", kernels=(3,)).float(), draw(4, 6, 3, 3).float()
+    flow.set_precision(precision)
+    maps.set_precision(precision)
+
+    def both(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        return (*flow(x, code, torch.arange(24) % 4), *maps(m))
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=False)
+    for one, other in zip(compiled(x, m), both(x, m), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -134,3 +134,14 @@ def test_fourth_powers_give_the_shrinkage_of_scikit_learn() -> None:
     for number, vectors in enumerate(groups):
         found = ledoit_wolf(moments.covariance()[number], float(moments.fourth()[number]), len(vectors))
         assert found == pytest.approx(sklearn_ledoit_wolf(vectors.numpy())[1], abs=1e-10)
+
+
+def test_groups_joined_are_the_sums_of_all_their_vectors() -> None:
+    moments, groups = filled([30, 2, 64], torch.full((5,), 3.0))
+    for chosen, found in ((groups, moments.joined()), ([groups[0], groups[2]], moments.without(1))):
+        expected = Moments(1, 5, torch.full((5,), 3.0))
+        expected.add(torch.tensor([0]), torch.cat(list(chosen))[None])
+        torch.testing.assert_close(found.mean(), expected.mean(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.covariance(), expected.covariance(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.fourth(), expected.fourth(), rtol=1e-10, atol=1e-12)
+        assert float(found.count) == sum(map(len, chosen))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unispect.errors import ConfigError, MissingExtraError, UnispectError
 from unispect.nn import memory
-from unispect.nn.memory import Bank, Coreset, fair_shares, greedy, nearest
+from unispect.nn.memory import Bank, Coreset, fair_shares, gaps, greedy, nearest
 
 MIB = 2**20
 
@@ -390,3 +390,12 @@ def test_faiss_notices_that_the_bank_has_changed() -> None:
     bank.learn(cloud(30, 6, 9), labels_of(30, 3))
     other.learn(cloud(30, 6, 9), labels_of(30, 3))
     assert_same_search(bank, other)
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 50])
+def test_gaps_are_those_of_a_plain_search(chunk: int) -> None:
+    bank = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 5
+    bank[7] = bank[3]
+    expected = NearestNeighbors(n_neighbors=6).fit(bank).kneighbors(bank)[0][:, 1:]
+    torch.testing.assert_close(gaps(bank, 5, chunk), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
+    assert float(gaps(bank, 5, chunk)[7, 0]) == 0

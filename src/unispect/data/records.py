@@ -133,6 +133,16 @@ def split_normals(
     return Split(train, kept, judged, {record.path: known[record.path] for record in records})
 
 
+def unit_numbers(records: Sequence[Record], hashes: Mapping[Path, str]) -> list[int]:
+    """A number for each image, the same for images of one unit (see `split_normals`), in the order of their paths."""
+    first: dict[Path, Path] = {}
+    for of_product in _by_product(records):
+        for unit in _units(of_product, hashes).values():
+            first |= dict.fromkeys((record.path for record in unit), min(record.path for record in unit))
+    number = {path: place for place, path in enumerate(sorted(set(first.values())))}
+    return [number[first[record.path]] for record in records]
+
+
 def _check_fractions(held_out: float, calibration: float) -> None:
     if not (held_out >= 0 and calibration >= 0 and held_out + calibration < 1):
         raise DataError(

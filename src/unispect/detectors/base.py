@@ -38,20 +38,20 @@ class Recipe:
     patience  stop after so many checks without a gain
     """
 
-    steps: int = 200
+    steps: int = 400
     passes: float = 0.0
     images: int = 32
-    places: int = 1
+    places: int = 64
     vectors: int = 0
     precision: str = "f32"
     compile: bool = False
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     beta1: float = 0.95
     beta2: float = 0.99
     decay: float = 1e-4
     stairs: int = 25
     optimizer: str = "per_level"
-    checks: int = 10
+    checks: int = 8
     patience: int = 3
     held_out_images: int = 96
 

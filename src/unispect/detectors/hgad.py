@@ -7,16 +7,21 @@ which behaviour is the published one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unispect.detectors.base import GradientDetector, Pass
 from unispect.errors import ConfigError, unknown_name
+from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
 from unispect.nn.coupling import Flow
+from unispect.nn.crowds import Crowds
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
+from unispect.nn.likelihood import Tally
 from unispect.nn.maps import blurred, top_mean, upsampled
 from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, entropy
 from unispect.nn.position import positional_encoding
@@ -26,7 +31,9 @@ CHOICES = {
     "start": ("gaussian", "published"),
     "whitening": ("scale", "full"),
     "covariance": ("place", "product", "identity"),
-    "score": ("aligned", "product", "gated"),
+    "main": ("learnt", "fixed", "single"),
+    "score": ("nearest", "aligned", "product", "gated"),
+    "criterion": ("both", "likelihood", "entropy"),
     "likelihood": ("predicted", "marginal"),
 }
 PRIOR_MEAN = 5.0  # images that a cell's mean must outvote to leave the product's mean
@@ -76,6 +83,12 @@ class Level(nn.Module):
         """A level (N, C, h, w) as vectors by cell, (N, c, q, C)."""
         return features.flatten(2).mT[:, self.order]
 
+    def in_order(self, z: Tensor) -> Tensor:
+        """Vectors by cell back in the order of the places, (N, c, q, C) -> (N, h*w, C)."""
+        vectors = torch.empty_like(z.flatten(1, 2))
+        vectors[:, self.order.flatten()] = z.flatten(1, 2)
+        return vectors
+
     def as_map(self, values: Tensor) -> Tensor:
         """Values by cell back on the grid, (N, c, q) -> (N, h, w)."""
         grid = torch.empty_like(values.flatten(1))
@@ -124,6 +137,7 @@ class HGAD(GradientDetector):
     products          K, number of products, known in training only
     blocks, alpha, clamp   of the flow (see nn.coupling); published: 12, 1.9, "tanh"
     position          channels of the positional encoding, a multiple of 4, 0 for none; published: 256
+    main              main centres of the products "learnt", "fixed" where they start, or a "single" fixed one for all
     centres           M centres inside each product, the main one included
     start             "gaussian": whitened features, couplings that do nothing yet, centres and covariances from the data;
                       "published": raw features, random couplings, tiled centres
@@ -132,16 +146,29 @@ class HGAD(GradientDetector):
                       product and cell of `cell` x `cell` places, drawn towards the product's by `prior` images
     delta_scale       spread of the first centres inside a product; published: 1.0, with which they hardly ever learn
     lambda1, lambda2, label_smoothing   of the losses; published: 1, 100, 0.02
-    log_sigmoid       add the loss L_z of the published code, which the paper does not name
+    entropy           add the loss L_e
+    intra             add, after the first stage, the losses that teach the centres inside products, L_in and L_z
+    log_sigmoid       L_z is in it, which the published code has and the paper does not name
     first_stage       share of training without the losses of the centres inside products
-    score             "aligned": mean over the levels of the distance to the product, in units of held-out normals;
+    score             "nearest": distance to the nearest of many centres of the product, set into the latent space after
+                      training, in the spread that is usual around them, every place at the scale that it has out of fold;
+                      "aligned": mean over the levels of the distance to the product, in units of held-out normals;
                       "product": the paper's S_l * S_e with held-out ceilings instead of test-set maxima;
                       "gated": S_l * (eps + S_e), which a saturated entropy of zero cannot erase
+    criterion         "both" factors of "product", or one of them, "likelihood" or "entropy", alone
     likelihood        under the product "predicted" for the image, or "marginal" over all products
-    top               share of the highest places of a level that make its image score in "aligned"
+    crowd             centres of a product in "nearest": as many as this number of images has vectors
+    folds             parts of a product's images that take turns in being scored by the centres of the others, in "nearest"
+    place_prior       images that the scale of a place must outvote to leave that of all places, in "nearest"; a large number
+                      for products that do not lie still
+    statistics        images of a product at the most whose out-of-fold maps are kept for its scales
+    max_ram           MiB for the vectors that centres are chosen from, all products together
+    top               share of the highest places of a level that make its image score in "nearest" and "aligned"
     ceiling           quantile of held-out log-likelihoods that counts as fully normal in "product" and "gated"
     map_side, sigma   side of the score map and its blur, pixels
     """
+
+    wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"features": {"joined": True, "pooled": []}}
 
     image_mean: Tensor
     image_scale: Tensor
@@ -158,20 +185,29 @@ class HGAD(GradientDetector):
         position: int = 32,
         alpha: float = 1.9,
         clamp: str = "tanh",
+        main: str = "learnt",
         centres: int = 10,
         start: str = "gaussian",
         whitening: str = "scale",
-        covariance: str = "place",
+        covariance: str = "product",
         cell: int = 2,
         prior: float = 30.0,
         delta_scale: float = 0.1,
         lambda1: float = 1.0,
         lambda2: float = 1.0,
         label_smoothing: float = 0.0,
+        entropy: bool = True,
+        intra: bool = True,
         log_sigmoid: bool = True,
         first_stage: float = 0.08,
-        score: str = "aligned",
+        score: str = "nearest",
+        criterion: str = "both",
         likelihood: str = "predicted",
+        crowd: float = 15.0,
+        folds: int = 4,
+        place_prior: float = 10.0,
+        statistics: int = 256,
+        max_ram: float = 2048.0,
         top: float = 0.01,
         ceiling: float = 0.999,
         map_side: int = 256,
@@ -179,15 +215,26 @@ class HGAD(GradientDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(start=start, whitening=whitening, covariance=covariance, score=score, likelihood=likelihood)
-        _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side)
+        _check_choices(start=start, whitening=whitening, covariance=covariance, main=main)
+        _check_choices(score=score, criterion=criterion, likelihood=likelihood)
+        _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
+        if folds < 2:
+            raise ConfigError(f"folds: got {folds}, expected at least 2")
+        if not crowd > 0 or not place_prior >= 0 or not 0 < top <= 1:
+            raise ConfigError(
+                f"crowd={crowd}, place_prior={place_prior}, top={top}: expected a number above 0, one from 0 on and a share "
+                "above 0 and up to 1"
+            )
         if start == "published" and covariance != "identity":
             raise ConfigError(f"covariance={covariance!r} is measured from data: expected start='gaussian' with it")
         self.start, self.whitening, self.covariance, self.prior = start, whitening, covariance, prior
         self.lambda1, self.lambda2, self.label_smoothing = lambda1, lambda2, label_smoothing
-        self.log_sigmoid, self.first_stage = log_sigmoid, first_stage
-        self.score, self.likelihood, self.top, self.ceiling = score, likelihood, top, ceiling
+        self.entropy, self.intra, self.log_sigmoid, self.first_stage = entropy, intra, log_sigmoid, first_stage
+        self.score, self.criterion, self.likelihood = score, criterion, likelihood
+        self.top, self.ceiling = top, ceiling
         self.map_side, self.sigma, self.products = map_side, sigma, products
+        self.folds, self.place_prior, self.statistics, self.seed = folds, place_prior, statistics, seed
+        self._dealt: Tensor | None = None
         self.levels = nn.ModuleList()
         for number, (channels, height, width) in enumerate(shapes):
             places = height * width
@@ -195,8 +242,23 @@ class HGAD(GradientDetector):
             encoded = position if places > 1 else 0
             flow = Flow(channels, encoded, blocks, alpha, clamp, start == "gaussian", seed + number)
             own = 0 if covariance == "identity" else len(order)
-            mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, seed + number)
+            mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, main, seed + number)
             self.levels.append(Level((channels, height, width), order, encoded, flow, mixture))
+        self.mapped = [n for n, (_, height, width) in enumerate(shapes) if height * width > 1] or list(range(len(shapes)))
+        self.side = finest([shapes[number] for number in self.mapped])
+        crowded = self.mapped if score == "nearest" else []
+        self.crowds = nn.ModuleList(
+            Crowds(
+                shapes[number][0],
+                products,
+                max(1, round(crowd * shapes[number][1] * shapes[number][2])),
+                folds,
+                max_ram=max_ram / len(crowded),
+                seed=seed,
+            )
+            for number in crowded
+        )
+        self.alignments = nn.ModuleList(Alignment(len(crowded), self.side) for _ in range(products if crowded else 0))
         for name in ("image_mean", "map_mean"):
             self.register_buffer(name, torch.zeros(len(shapes), products))
         for name in ("image_scale", "map_scale"):
@@ -222,11 +284,11 @@ class HGAD(GradientDetector):
         return list(part.flow.parameters()), list(part.mixture.parameters())
 
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
-        """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join."""
+        """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join, Eq. 11 and the published code."""
         z, logdet = self.level(level).latent(vectors, places)
         terms = self.level(level).mixture.terms(z, logdet, product, self.label_smoothing)
-        total = self.lambda1 * terms.inter + self.lambda2 * terms.information + terms.entropy
-        if progress >= self.first_stage:
+        total = self.lambda1 * terms.inter + self.lambda2 * terms.information + (terms.entropy if self.entropy else 0)
+        if self.intra and progress >= self.first_stage:
             total = total + terms.intra + (terms.sigmoid if self.log_sigmoid else 0)
         return {"total": total, "inter": terms.inter, "information": terms.information, "intra": terms.intra}
 
@@ -282,19 +344,16 @@ class HGAD(GradientDetector):
         sums = self._moments()
         for number, y, z in self._latents(train):
             sums[number].add(torch.tensor([y]), z.flatten(0, 2)[None])
-        means = [moments.mean() for moments in sums]
-        for number, mean in enumerate(means):
-            self.level(number).mixture.mu.copy_(mean)
-        if self.covariance == "identity":
-            return
-        fourth = torch.zeros(len(sums), self.products, dtype=torch.float64)
-        for number, y, z in self._latents(train):
-            fourth[number, y] += (z.flatten(0, 2).double() - means[number][y]).square().sum(1).square().sum()
         for number, moments in enumerate(sums):
-            self._measure_metrics(self.level(number).mixture, moments, fourth[number])
+            mixture = self.level(number).mixture
+            if not mixture.single:
+                mixture.mu.copy_(moments.mean())
+            if self.covariance != "identity":
+                self._measure_metrics(mixture, moments)
 
     @staticmethod
-    def _measure_metrics(mixture: HierarchicalMixture, moments: Moments, fourth: Tensor) -> None:
+    def _measure_metrics(mixture: HierarchicalMixture, moments: Moments) -> None:
+        fourth = moments.fourth()
         for y, covariance in enumerate(moments.covariance()):
             shrinkage = ledoit_wolf(covariance, float(fourth[y]), float(moments.count[y]))
             metric = whitening(shrunk(covariance, shrinkage))
@@ -330,10 +389,62 @@ class HGAD(GradientDetector):
 
     @torch.no_grad()
     def finish(self, train: Pass, held_out: Pass) -> None:
-        """Scales of scores and likelihoods, from normal images that the flow was not trained on."""
-        self._measure_logdet(held_out)
-        self._measure_ceilings(held_out)
-        self._measure_distances(held_out)
+        """Scales of scores and likelihoods, from normal images that the flow was not trained on; in "nearest" the centres
+        and, out of fold, the scales of their distances, from all images."""
+        if self.score == "nearest":
+            self._crowd(train, held_out)
+        elif self.score == "aligned":
+            self._measure_logdet(held_out)
+            self._measure_distances(held_out)
+        else:
+            self._measure_ceilings(held_out)
+
+    def begin(self, product: Tensor, unit: Tensor) -> None:
+        """Be told of the images to train on and, after them, those held out: products (n,) and units (n,)."""
+        self._dealt = deal(product, unit, self.folds, self.seed)
+
+    def _crowd(self, train: Pass, held_out: Pass) -> None:
+        """Centres of each product and, from the distances of images that had no part in them, all scales."""
+        for vectors, product, fold in self._folded(train, held_out):
+            for crowd, level in zip(self._crowds(), vectors, strict=True):
+                crowd.measure(level, product, fold)
+        for vectors, product, fold in self._folded(train, held_out):
+            for crowd, level in zip(self._crowds(), vectors, strict=True):
+                crowd.collect(level, product, fold)
+        for crowd in self._crowds():
+            crowd.choose()
+        kept: dict[int, list[Tensor]] = {}
+        for vectors, product, fold in self._folded(train, held_out):
+            pairs = zip(self._crowds(), vectors, strict=True)
+            maps = self._crowd_maps([crowd.held_back(level, product, fold) for crowd, level in pairs])
+            for row, y in zip(maps, product.tolist(), strict=True):
+                if len(kept.setdefault(y, [])) < self.statistics:
+                    kept[y].append(row)
+        for crowd in self._crowds():
+            crowd.done()
+        for y, rows in kept.items():
+            self._align(self.alignment(y), torch.stack(rows))
+
+    def _align(self, alignment: Alignment, maps: Tensor) -> None:
+        """Scales of a product from maps (n, L, g, g); each is measured with places whose scales leave it out."""
+        alignment.learn_places(maps, self.place_prior)
+        evidence = self._evidence(without_itself(maps, self.place_prior))
+        alignment.learn_members(evidence)
+        alignment.learn_sum(alignment.members(evidence).mean(1))
+
+    def _folded(self, train: Pass, held_out: Pass) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+        """Latent vectors (N, p, C) of the levels with centres, products (N,) and folds (N,), of all images."""
+        folds = Folds(self._dealt, self.folds)
+        for features, product in chain(train(), held_out()):
+            yield self._ordered(features), product, folds.of(product)
+
+    def _ordered(self, features: Features) -> list[Tensor]:
+        latents = []
+        for number in self.mapped:
+            level = self.level(number)
+            z, _ = level.latent(level.arranged(features[number]), level.everywhere(len(features[number])))
+            latents.append(level.in_order(z))
+        return latents
 
     def _measure_logdet(self, held_out: Pass) -> None:
         total, count = torch.zeros(len(self.levels), dtype=torch.float64), 0
@@ -367,18 +478,13 @@ class HGAD(GradientDetector):
         scale.copy_(((images * variance + PRIOR_SCALE * typical) / (images + PRIOR_SCALE)).sqrt().clamp(min=1e-6))
 
     def _measure_ceilings(self, held_out: Pass) -> None:
-        best: list[list[Tensor]] = [[] for _ in self.levels]
-        vectors, entropies = [0] * len(self.levels), []
+        tallies, entropies = [Tally() for _ in self.levels], []
         for features, product in held_out():
             latents = self._read(features)
-            for number, density in enumerate(self._densities(latents, product)):
-                flat = density.flatten(1)
-                best[number].append(flat.topk(max(1, flat.shape[1] // 50), dim=1).values.flatten())
-                vectors[number] += flat.numel()
+            for tally, density in zip(tallies, self._densities(latents, product), strict=True):
+                tally.add(density)
             entropies.append(self._unlikely([torch.exp(-self._entropy(latent)) for latent in latents]).flatten(1))
-        for number, values in enumerate(best):
-            highest = torch.cat(values).sort(descending=True).values
-            self.ceilings[number] = highest[min(int((1 - self.ceiling) * vectors[number]), len(highest) - 1)]
+        self.ceilings.copy_(torch.tensor([tally.quantile(self.ceiling) for tally in tallies]))
         self.gate.copy_(torch.cat([values.median(1).values for values in entropies]).median())
 
     # Scoring.
@@ -430,6 +536,8 @@ class HGAD(GradientDetector):
         return self._scores(self._read(features), product, None)
 
     def _scores(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
+        if self.score == "nearest":
+            return self._nearest(latents, product, products)
         if self.score == "aligned":
             return self._aligned(latents, product, products)
         likely = [
@@ -438,12 +546,49 @@ class HGAD(GradientDetector):
         ]
         certain = [torch.exp(-self._entropy(latent)) for latent in latents]
         gate = self.gate if self.score == "gated" else 0.0
-        maps = self._unlikely(likely) * (self._unlikely(certain) + gate)
+        unlikely = self._unlikely(likely) if self.criterion != "entropy" else 1.0
+        uncertain = self._unlikely(certain) + gate if self.criterion != "likelihood" else 1.0
+        maps = torch.as_tensor(unlikely * uncertain)
         return Scores(maps.flatten(1).amax(1), maps, products)
 
     def _unlikely(self, parts: Sequence[Tensor]) -> Tensor:
         """L - sum of the levels' values in (0, 1], blurred, (N, side, side)."""
         return fused(parts, float(len(parts)), self.map_side, self.sigma)
+
+    def alignment(self, product: int) -> Alignment:
+        """Scales of a product's distances out of fold."""
+        part = self.alignments[product]
+        assert isinstance(part, Alignment)
+        return part
+
+    def _crowds(self) -> list[Crowds]:
+        return [crowd for crowd in self.crowds if isinstance(crowd, Crowds)]
+
+    def _crowd_maps(self, distances: Sequence[Tensor]) -> Tensor:
+        """Distances (N, p) of each level on one grid, (N, L, g, g)."""
+        maps = []
+        for number, distance in zip(self.mapped, distances, strict=True):
+            maps.append(upsampled(distance.unflatten(1, self.level(number).shape[1:]), self.side, aligned=False))
+        return torch.stack(maps, 1)
+
+    def _evidence(self, maps: Tensor) -> Tensor:
+        """Highest places of each level, (N, L, g, g) -> (N, L)."""
+        highest: Tensor = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
+        return highest
+
+    def _nearest(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
+        chosen = [latents[number] for number in self.mapped]
+        distances = [
+            crowd(latent.level.in_order(latent.z), product) for crowd, latent in zip(self._crowds(), chosen, strict=True)
+        ]
+        maps, known = self._crowd_maps(distances), [self.alignment(y) for y in product.tolist()]
+        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
+        pairs = zip(known, self._evidence(placed), strict=True)
+        image = torch.stack([alignment.sum(alignment.members(row).mean()) for alignment, row in pairs])
+        # Scales of places tell whether an image is normal; within it they hide defects where products differ.
+        shown = torch.stack([alignment.whole(row).mean(0) for alignment, row in zip(known, maps, strict=True)])
+        shown = blurred(upsampled(shown, self.map_side, aligned=False), self.sigma)
+        return Scores(image, shown, products, self._evidence(maps).mean(1))
 
     def _aligned(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
         distances = self._distances(latents, product)

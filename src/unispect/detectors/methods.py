@@ -7,7 +7,9 @@ from typing import Any
 
 from unispect.config import construct
 from unispect.detectors.base import Detector, StatisticalDetector
+from unispect.detectors.cflow import CFLOW
 from unispect.detectors.ensemble import Ensemble
+from unispect.detectors.fastflow import FastFlow
 from unispect.detectors.hgad import HGAD
 from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
@@ -19,7 +21,9 @@ from unispect.nn.alignment import finest
 
 METHODS: dict[str, type[Detector]] = {
     "hgad": HGAD,
+    "cflow": CFLOW,
     "ensemble": Ensemble,
+    "fastflow": FastFlow,
     "neighbours": Neighbours,
     "opca": OPCA,
     "padim": PaDiM,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -27,6 +28,8 @@ class PyramidExtractor(Extractor):
     scales     sides of the copies relative to the image
     pooled     layers whose mean over the places of the full image is a level; may be deeper than `layers`
     weights    where the weights come from, see `weights.load_backbone_weights`
+    joined     the layers of one scale make one level: brought to the largest of their grids and put after one another
+    padding    of the convolutions, see `backbones.Backbone`
     """
 
     def __init__(
@@ -36,28 +39,33 @@ class PyramidExtractor(Extractor):
         scales: Sequence[float] = (1.0,),
         pooled: Sequence[str | int] = (),
         weights: str = "auto",
+        joined: bool = False,
+        padding: str = "zeros",
     ) -> None:
         super().__init__()
         _check_scales(scales)
+        self.joined = joined
         self.scales = tuple(float(scale) for scale in scales)
-        self.backbone = Backbone(backbone, [*layers, *pooled], weights)
+        self.backbone = Backbone(backbone, [*layers, *pooled], weights, padding)
         self.layers = _distinct("layers", self.backbone.layers[: len(layers)])
         self.pooled = _distinct("pooled", self.backbone.layers[len(layers) :])
 
     def forward(self, images: Tensor) -> Features:
         image = self.backbone.normalise(images)
         runs = {scale: self.backbone.levels(_scaled(image, scale), self._wanted(scale)) for scale in self._runs()}
-        dense = [runs[scale][layer] for scale in self.scales for layer in self.layers]
+        dense = [level for scale in self.scales for level in self._dense(runs[scale])]
         return dense + [runs[1.0][layer].mean((2, 3), keepdim=True) for layer in self.pooled]
 
     @property
     def channels(self) -> tuple[int, ...]:
         widths = dict(zip(self.backbone.layers, self.backbone.channels, strict=True))
-        return tuple(widths[layer] for layer in (*self.layers * len(self.scales), *self.pooled))
+        dense = [sum(widths[layer] for layer in self.layers)] if self.joined else [widths[layer] for layer in self.layers]
+        return (*dense * len(self.scales), *(widths[layer] for layer in self.pooled))
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        dense = [layer if scale == 1 else f"{layer}@{scale:g}" for scale in self.scales for layer in self.layers]
+        layers = ["+".join(self.layers)] if self.joined else self.layers
+        dense = [layer if scale == 1 else f"{layer}@{scale:g}" for scale in self.scales for layer in layers]
         return (*dense, *(f"pool:{layer}" for layer in self.pooled))
 
     @property
@@ -65,8 +73,16 @@ class PyramidExtractor(Extractor):
         backbone = self.backbone
         constants = [backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()]
         parts: list[object] = ["pyramid", backbone.source.backbone.partition(".")[0], backbone.sha256, constants]
-        parts += [self.scales, self.layers, self.pooled]
+        parts += [self.scales, self.layers, self.pooled, *(["joined"] if self.joined else [])]
+        parts += [] if backbone.padding == "zeros" else [backbone.padding]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _dense(self, run: Mapping[str, Tensor]) -> Features:
+        levels = [run[layer] for layer in self.layers]
+        if not self.joined:
+            return levels
+        grid = max((level.shape[2:] for level in levels), key=lambda shape: shape[0] * shape[1])
+        return [torch.cat([interpolate(level, grid, mode="bilinear", align_corners=False) for level in levels], 1)]
 
     def _runs(self) -> tuple[float, ...]:
         return tuple(dict.fromkeys((*self.scales, *([1.0] if self.pooled else []))))

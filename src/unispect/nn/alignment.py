@@ -54,6 +54,11 @@ class Alignment(nn.Module):
         """Maps (N, M, g, g) in units of their places."""
         return (maps - self.place_mean) / self.place_scale
 
+    def whole(self, maps: Tensor) -> Tensor:
+        """Maps (N, M, g, g) or (M, g, g) in units of their product, alike at all places."""
+        mean = self.place_mean.mean((1, 2), keepdim=True)
+        return (maps - mean) / self.place_scale.square().mean((1, 2), keepdim=True).sqrt()
+
     def members(self, evidence: Tensor) -> Tensor:
         """Evidence (N, M) in units of the members."""
         return (evidence - self.mean) / self.scale

@@ -30,6 +30,20 @@ class Moments:
         self.cubic[groups] += (x.mT @ square[..., None])[..., 0]
         self.quartic[groups] += square.square().sum(1)
 
+    def joined(self) -> Moments:
+        """All groups as one."""
+        return self._chosen(torch.ones(len(self.count), dtype=torch.bool))
+
+    def without(self, group: int) -> Moments:
+        """All groups but this one as one."""
+        return self._chosen(torch.arange(len(self.count)) != group)
+
+    def _chosen(self, groups: Tensor) -> Moments:
+        one = Moments(1, len(self.shift), self.shift)
+        for name in ("count", "sum", "second", "cubic", "quartic"):
+            setattr(one, name, getattr(self, name)[groups].sum(0, keepdim=True))
+        return one
+
     def mean(self) -> Tensor:
         """(groups, C); the shift where a group is empty."""
         return self.shift + self.sum / self.count.clamp(min=1)[:, None]

@@ -161,6 +161,8 @@ class Coreset:
         count = min(self.most, math.ceil(round(self.share * self.seen, 6)))
         if self._radius:
             places, _ = self._cover_products(max(count, len(self._products)))
+        elif count >= self.held:
+            places = torch.arange(self.held)
         else:
             sketch = torch.cat([part.sketch for part in self._parts])
             places = greedy(sketch, count, torch.Generator().manual_seed(self.seed), self.start)
@@ -240,6 +242,22 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
         product = torch.addmm(half, part - centre, shifted.T, alpha=-1)
         found.append(_measured(part, bank, product.topk(wanted, dim=1, largest=False).indices, k))
     return torch.cat([distances for distances, _ in found]), torch.cat([places for _, places in found])
+
+
+def gaps(bank: Tensor, k: int, chunk: int = 1 << 22) -> Tensor:
+    """Distances of each vector to its k nearest others, (m, C) -> (m, k), ascending; k is below m.
+
+    By matrix product alone, many times faster than `nearest`: what rounding cannot tell from 0 is 0.
+    """
+    x = bank - bank.mean(0)
+    norm, found = x.square().sum(1), []
+    for start in range(0, len(x), rows := max(1, chunk // len(x))):
+        part = x[start : start + rows]
+        squared = torch.addmm(norm, part, x.T, alpha=-2) + norm[start : start + rows, None]
+        squared[torch.arange(len(part)), torch.arange(start, start + len(part))] = torch.inf
+        least = squared.topk(k, dim=1, largest=False).values
+        found.append(torch.where(least > ROUNDING * norm[start : start + rows, None], least, 0).sqrt())
+    return torch.cat(found)
 
 
 def _measured(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class HierarchicalMixture(nn.Module):
 
     products, channels, centres   Y, D and M; centre 0 of a product is mu_y itself
     cells                         number of grid cells with a covariance of their own; 0: the identity everywhere
+    main                          main centres "learnt", "fixed" where they start, or a "single" fixed one for all products
     """
 
     metric: Tensor
@@ -41,12 +42,20 @@ class HierarchicalMixture(nn.Module):
     log_volume: Tensor
 
     def __init__(
-        self, products: int, channels: int, centres: int = 10, delta_scale: float = 1.0, cells: int = 0, seed: int = 0
+        self,
+        products: int,
+        channels: int,
+        centres: int = 10,
+        delta_scale: float = 1.0,
+        cells: int = 0,
+        main: str = "learnt",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.channels, self.cells = channels, cells
-        self.mu = nn.Parameter(spread_centres(products, channels, generator))
+        self.channels, self.cells, self.single = channels, cells, main == "single"
+        first = spread_centres(products, channels, generator) * (0 if self.single else 1)
+        self.mu = nn.Parameter(first, requires_grad=main == "learnt")
         delta = torch.randn(products, centres - 1, channels, generator=generator)
         self.delta = nn.Parameter(delta_scale * delta)
         self.psi = nn.Parameter(torch.zeros(products))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unispect.nn.buffers import Learnt
 from unispect.nn.gaussian import Moments
-from unispect.nn.memory import nearest
+from unispect.nn.memory import gaps, nearest
 
 FLOOR = 1e-4  # of the mean variance: a direction with less counts as having that
 PLAIN = 0.3  # of the mean local distance is added to each, so that duplicates do not make it 0
@@ -55,7 +55,7 @@ class Neighbourhood(Learnt):
         if len(bank) == 1:
             self.usual = bank.new_ones(1)
             return
-        self.usual = nearest(bank, bank, min(around, len(bank) - 1) + 1)[0][:, 1:].mean(1)
+        self.usual = gaps(bank, min(around, len(bank) - 1)).mean(1)
 
     def forward(self, vectors: Tensor, neighbours: int, support: int) -> Tensor:
         """Relative distance of vectors, (n, C) -> (n,)."""
