@@ -14,7 +14,7 @@ from torch import Tensor
 from unispect.detectors.base import Recipe
 from unispect.detectors.hgad import HGAD
 from unispect.errors import ConfigError, StoreError, UnispectError
-from unispect.fit import History, Labelled, Sampler, fit, learning_rate
+from unispect.fit import History, Labelled, Sampler, fit, learning_rate, quotas
 from unispect.types import Features
 
 SHAPES = [(8, 4, 4), (6, 2, 2), (5, 1, 1)]
@@ -163,6 +163,25 @@ def test_parts_of_a_step_hold_each_vector_once_and_drop_what_is_left_over() -> N
     assert seen < whole
 
 
+@pytest.mark.parametrize(("balance", "shares"), [(0.0, [20, 8, 2]), (1.0, [10, 10, 10]), (0.5, [15, 10, 5])])
+def test_balance_evens_out_the_products(balance: float, shares: list[int]) -> None:
+    product = np.repeat([0, 1, 2], [20, 8, 2])
+    data = Labelled(TRAIN.features, product)
+    sampler = Sampler(data, build(), replace(RECIPE, images=10, balance=balance), seed=0)
+    for turn in range(2):
+        drawn = torch.cat([sampler.draw(3 * turn + part, 0)[2] for part in range(3)])
+        assert drawn.bincount().tolist() == shares
+    order = sampler._order(np.random.default_rng(1))
+    for y in range(3):  # no image twice before every other of its product came
+        times = np.bincount(order, minlength=30)[product == y]
+        assert times.max() - times.min() <= 1
+
+
+def test_shares_are_whole_and_sum_to_the_total() -> None:
+    assert quotas(np.array([1.0, 1.0, 1.0]), 10) == [4, 3, 3]
+    assert quotas(np.array([5.0, 0.1]), 7) == [7, 0]
+
+
 def test_fewer_vectors_than_a_part_make_one_step() -> None:
     sampler = Sampler(TRAIN, build(), replace(RECIPE, places=0, images=10, vectors=500), seed=0)
     assert [len(part) for part, _, _ in sampler.parts(0, 0)] == [160]
@@ -216,6 +235,21 @@ def test_without_checks_the_last_state_is_kept() -> None:
     fresh = build()
     fresh.prepare(TRAIN.batches())
     assert not torch.equal(detector.level(0).mixture.mu, fresh.level(0).mixture.mu)
+
+
+def test_what_a_detector_draws_depends_on_seed_and_step_alone() -> None:
+    states = []
+    for noise in (0.0, 0.5, 0.5):
+        detector = HGAD(SHAPES, 3, blocks=2, position=4, centres=3, noise=noise, dropout=noise, map_side=8)
+        torch.manual_seed(len(states))
+        before = torch.random.get_rng_state()
+        fit(detector, TRAIN, HELD_OUT, replace(RECIPE, checks=0), seed=0)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert not detector.training
+        states.append(detector.state_dict())
+    names = [name for name in states[0] if "hidden.weight" in name]
+    assert all(torch.equal(states[1][name], states[2][name]) for name in names)
+    assert not any(torch.equal(states[0][name], states[1][name]) for name in names)
 
 
 def test_progress_is_told_after_every_step() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,24 @@ class Sampler:
     def draw(self, step: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (m, c, q, C), places (m, c, q) and products (m,)."""
         turn, place = divmod(step, self.per_pass)
-        order = np.random.default_rng((self.seed, turn)).permutation(len(self.data.features))
+        order = self._order(np.random.default_rng((self.seed, turn)))
         images = order[place * self.images : (place + 1) * self.images]
         places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level], len(images))
         found, product = vectors(self.data, level, images, places)
         return found, places, product
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """Images of a pass; with balance those of small products come several times, of large ones not all."""
+        order: np.ndarray = generator.permutation(len(self.data.features))
+        if not self.recipe.balance:
+            return order
+        products, counts = np.unique(self.data.product, return_counts=True)
+        chosen = []
+        for y, quota in zip(products, quotas(counts ** (1 - self.recipe.balance), len(order)), strict=True):
+            own = order[self.data.product[order] == y]
+            turns = [generator.permutation(own) for _ in range(-(-quota // len(own)))]
+            chosen.append(np.concatenate([*turns, own[:0]])[:quota])
+        return generator.permutation(np.concatenate(chosen))
 
     def parts(self, step: int, level: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What the optimizer steps of a step see, as `draw` gives it; where a recipe asks for so many vectors at a time,
@@ -117,6 +131,15 @@ class Sampler:
         ranks = torch.from_numpy(generator.random((images, *grid.shape), np.float32))
         chosen = ranks.argsort(2)[:, :, : self.recipe.places]
         return grid.expand(images, -1, -1).gather(2, chosen)
+
+
+def quotas(weights: np.ndarray, total: int) -> list[int]:
+    """Whole shares of a total in proportion to weights, the largest remainders rounded up; their sum is the total."""
+    exact = weights / weights.sum() * total
+    shares = np.floor(exact).astype(np.int64)
+    missing = total - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    return [int(share) for share in shares]
 
 
 def vectors(data: Labelled, level: int, images: np.ndarray, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,6 +199,7 @@ def fit(
     """
     if isinstance(detector, DealsFolds):
         detector.begin(*_told(train, held_out))
+    detector.eval()
     loop = _Loop(detector, train, held_out, recipe, seed, checkpoint, identity, watch)
     if not loop.resume():
         detector.prepare(train.batches())
@@ -257,12 +281,22 @@ class _Loop:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, self.recipe)
         losses: dict[str, Tensor] = {}
-        for found, places, product in self.sampler.parts(self.step, level):
-            optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
-            losses = self.loss(level, found, places, product, done)
-            torch.autograd.backward(losses["total"])
-            optimizer.step()
+        with self._random(level):
+            for found, places, product in self.sampler.parts(self.step, level):
+                optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
+                losses = self.loss(level, found, places, product, done)
+                torch.autograd.backward(losses["total"])
+                optimizer.step()
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    @contextmanager
+    def _random(self, level: int) -> Iterator[None]:
+        """Noise and dropout, where a detector has them, depend on seed, step and level alone; elsewhere there are none."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng((self.sampler.seed, self.step, level, 3)).integers(2**63)))
+            self.detector.train()
+            yield
+            self.detector.eval()
 
     def _latest(self) -> dict[str, float]:
         seen = [values[-1] for values in self.history.held_out if values]

@@ -1,6 +1,7 @@
 """HGAD against the numbers of the published code, restatements in numpy and integrals that are one."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -367,6 +368,36 @@ def test_criteria_are_the_factors_of_the_product(published: HGAD) -> None:
         torch.testing.assert_close(maps, fused(factors[expected], 2.0, 16, 4.0), **EXACT)
 
 
+def test_k_means_finds_the_kinds_of_a_product() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = HGAD([(6, 4, 4)], 1, blocks=1, position=4, centres=3, inner_start="kmeans", score="aligned", map_side=8)
+    kinds = torch.tensor([[8.0, 0, 0, 0, 0, 0], [-8, 0, 0, 0, 0, 0]]).double()
+    share = torch.arange(16) % 4 == 0  # a quarter of the places is of the second kind
+    level = draw(40, 6, 4, 4, seed=3) + kinds[share.long()].T.reshape(1, 6, 4, 4)
+    model.prepare(lambda: iter([([level.float()], torch.zeros(40, dtype=torch.int64))]))
+    mixture = model.level(0).mixture
+    part = model.level(0)
+    z, _ = part.latent(part.arranged(level.float()), part.everywhere(40))
+    residual = mixture.residual(z, 0, mixture.mu[0]).detach().reshape(-1, 6)
+    expected = torch.stack([residual[~share.repeat(40)].mean(0), residual[share.repeat(40)].mean(0)])
+    order = mixture.psi_intra[0, 1:].argsort(descending=True)
+    torch.testing.assert_close(mixture.delta[0][order].detach(), expected, rtol=0, atol=0.05)
+    weights = mixture.psi_intra[0].softmax(0).detach()
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, *(weights[1:].tolist())]))
+    assert sorted(weights[1:].tolist()) == pytest.approx([1 / 6, 1 / 2], abs=0.01)
+
+
+def test_noise_is_of_the_loss_alone() -> None:
+    quiet, loud = (HGAD(SMALL, 2, blocks=1, position=4, noise=noise, map_side=8) for noise in (0.0, 0.5))
+    loud.load_state_dict(quiet.state_dict())
+    vectors, product = draw(4, 1, 16, 6), torch.arange(4) % 2
+    places = quiet.level(0).everywhere(4)
+    values = [part.held_out_loss(0, vectors, places, product).detach() for part in (quiet, loud)]
+    assert torch.equal(*values)
+    losses = [part.loss(0, vectors, places, product, 1.0)["intra"].detach() for part in (quiet, loud)]
+    assert float(losses[1]) > float(losses[0])
+
+
 # Many centres
 
 
@@ -421,10 +452,21 @@ def test_weight_decay_is_for_the_flow_alone(published: HGAD) -> None:
     assert len(decayed) + len(free) == len(list(level.parameters()))
 
 
-def test_errors() -> None:
-    with pytest.raises(ConfigError, match="unknown score 'alined': did you mean 'aligned'"):
-        HGAD(SHAPES, 2, score="alined")
-    with pytest.raises(ConfigError, match="expected start='gaussian'"):
-        HGAD(SHAPES, 2, start="published")
-    with pytest.raises(ConfigError, match="products: got 0, expected at least 1"):
-        HGAD(SHAPES, 0)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"score": "alined"}, "unknown score 'alined': did you mean 'aligned'"),
+        ({"criterion": "entropie"}, "unknown criterion 'entropie': did you mean 'entropy'"),
+        ({"main": "first"}, "unknown main 'first'"),
+        ({"start": "published"}, "covariance='product' is measured from data: expected start='gaussian'"),
+        ({"start": "published", "covariance": "identity", "inner_start": "kmeans"}, "expected start='gaussian' with it"),
+        ({"products": 0}, "products: got 0, expected at least 1"),
+        ({"folds": 1}, "folds: got 1, expected at least 2"),
+        ({"crowd": 0.0}, "crowd=0.0, place_prior=10.0, top=0.01: expected a number above 0"),
+        ({"noise": -1.0}, "noise: got -1.0, expected a number from 0 on"),
+        ({"dropout": 1.0}, "dropout: got 1.0, expected a share from 0 to below 1"),
+    ],
+)
+def test_errors(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        HGAD(SHAPES, **({"products": 2} | options))

@@ -25,6 +25,8 @@ class Recipe:
     steps     number of steps; 0: as many as `passes` over the images need
     images    images that lend vectors to one step
     places    places taken from every cell of each of them, at random; 0: all
+    balance   0: images come as often as they are there; 1: as if every product had as many; between, by the power
+              1 - balance of their number
     vectors   vectors of one optimizer step: all that are drawn in a step are shuffled and used in parts of so many, what is
               left over dropped, as the published CFLOW-AD does; 0: one optimizer step on all
     precision of the matrix products inside the couplings while training: "f32", or "bf16" with all sums in f32
@@ -42,6 +44,7 @@ class Recipe:
     passes: float = 0.0
     images: int = 32
     places: int = 64
+    balance: float = 0.0
     vectors: int = 0
     precision: str = "f32"
     compile: bool = False
@@ -60,6 +63,8 @@ class Recipe:
             raise ConfigError(f"steps={self.steps}, passes={self.passes}: expected exactly one of the two above 0")
         if self.optimizer not in ("per_level", "shared"):
             raise ConfigError(f"optimizer: got {self.optimizer!r}, expected 'per_level' or 'shared'")
+        if not 0 <= self.balance <= 1:
+            raise ConfigError(f"balance: got {self.balance}, expected a number from 0 to 1")
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         counts = {"images": 1, "places": 0, "vectors": 0, "stairs": 3, "checks": 0, "patience": 1, "held_out_images": 1}

@@ -7,6 +7,7 @@ which behaviour is the published one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from unispect.detectors.base import GradientDetector, Pass
 from unispect.errors import ConfigError, unknown_name
 from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
+from unispect.nn.clusters import kmeans
 from unispect.nn.coupling import Flow
 from unispect.nn.crowds import Crowds
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
@@ -32,10 +34,12 @@ CHOICES = {
     "whitening": ("scale", "full"),
     "covariance": ("place", "product", "identity"),
     "main": ("learnt", "fixed", "single"),
+    "inner_start": ("drawn", "kmeans"),
     "score": ("nearest", "aligned", "product", "gated"),
     "criterion": ("both", "likelihood", "entropy"),
     "likelihood": ("predicted", "marginal"),
 }
+SAMPLE, SPREAD = 4096, 64  # vectors for k-means, of a product and of one image at the most
 PRIOR_MEAN = 5.0  # images that a cell's mean must outvote to leave the product's mean
 PRIOR_SCALE = 4.0  # images that a product's held-out spread must outvote to leave the average of all products
 
@@ -69,9 +73,13 @@ class Level(nn.Module):
         """Whether the level has places; a pooled one has not."""
         return self.order.numel() > 1
 
-    def latent(self, vectors: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (m, c, q, C) at places (m, c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q)."""
+    def latent(self, vectors: Tensor, places: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Vectors (m, c, q, C) at places (m, c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q).
+
+        noise   spread of what is added to the whitened vectors
+        """
         x = (vectors.flatten(0, 2) - self.shift) @ self.whiten.T
+        x = x + noise * torch.randn_like(x) if noise else x
         z, logdet = self.flow(x, self.condition, places.flatten())
         return z.reshape(vectors.shape), (logdet + self.log_whiten).reshape(vectors.shape[:-1])
 
@@ -144,7 +152,10 @@ class HGAD(GradientDetector):
     whitening         of the features before the flow, in "gaussian": each channel to the same "scale", or "full"
     covariance        of the mixture: "identity" as published; "product": one for each product; "place": one for each
                       product and cell of `cell` x `cell` places, drawn towards the product's by `prior` images
-    delta_scale       spread of the first centres inside a product; published: 1.0, with which they hardly ever learn
+    inner_start       centres inside a product are "drawn" around the main one, or start where "kmeans" puts them
+    delta_scale       spread of those that are drawn; published: 1.0, with which they hardly ever learn
+    noise, dropout    against few images, in training: normal noise on the features, in their standard deviations inside
+                      products, and the share of hidden channels of a coupling that is left out
     lambda1, lambda2, label_smoothing   of the losses; published: 1, 100, 0.02
     entropy           add the loss L_e
     intra             add, after the first stage, the losses that teach the centres inside products, L_in and L_z
@@ -192,7 +203,10 @@ class HGAD(GradientDetector):
         covariance: str = "product",
         cell: int = 2,
         prior: float = 30.0,
+        inner_start: str = "drawn",
         delta_scale: float = 0.1,
+        noise: float = 0.0,
+        dropout: float = 0.0,
         lambda1: float = 1.0,
         lambda2: float = 1.0,
         label_smoothing: float = 0.0,
@@ -215,7 +229,7 @@ class HGAD(GradientDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(start=start, whitening=whitening, covariance=covariance, main=main)
+        _check_choices(start=start, whitening=whitening, covariance=covariance, main=main, inner_start=inner_start)
         _check_choices(score=score, criterion=criterion, likelihood=likelihood)
         _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
         if folds < 2:
@@ -227,7 +241,12 @@ class HGAD(GradientDetector):
             )
         if start == "published" and covariance != "identity":
             raise ConfigError(f"covariance={covariance!r} is measured from data: expected start='gaussian' with it")
+        if start == "published" and inner_start == "kmeans":
+            raise ConfigError("inner_start='kmeans' is measured from data: expected start='gaussian' with it")
+        if not noise >= 0:
+            raise ConfigError(f"noise: got {noise}, expected a number from 0 on")
         self.start, self.whitening, self.covariance, self.prior = start, whitening, covariance, prior
+        self.inner_start, self.centres, self.noise = inner_start, centres, noise
         self.lambda1, self.lambda2, self.label_smoothing = lambda1, lambda2, label_smoothing
         self.entropy, self.intra, self.log_sigmoid, self.first_stage = entropy, intra, log_sigmoid, first_stage
         self.score, self.criterion, self.likelihood = score, criterion, likelihood
@@ -241,6 +260,7 @@ class HGAD(GradientDetector):
             order = cells(height, width, cell) if covariance == "place" else torch.arange(places)[None]
             encoded = position if places > 1 else 0
             flow = Flow(channels, encoded, blocks, alpha, clamp, start == "gaussian", seed + number)
+            flow.set_dropout(dropout)
             own = 0 if covariance == "identity" else len(order)
             mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, main, seed + number)
             self.levels.append(Level((channels, height, width), order, encoded, flow, mixture))
@@ -285,7 +305,7 @@ class HGAD(GradientDetector):
 
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
         """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join, Eq. 11 and the published code."""
-        z, logdet = self.level(level).latent(vectors, places)
+        z, logdet = self.level(level).latent(vectors, places, self.noise)
         terms = self.level(level).mixture.terms(z, logdet, product, self.label_smoothing)
         total = self.lambda1 * terms.inter + self.lambda2 * terms.information + (terms.entropy if self.entropy else 0)
         if self.intra and progress >= self.first_stage:
@@ -307,6 +327,8 @@ class HGAD(GradientDetector):
         self._centre(train)
         if self.covariance == "place":
             self._localise(train)
+        if self.inner_start == "kmeans" and self.centres > 1:
+            self._scatter(train)
 
     def _vectors(self, train: Pass) -> Iterator[tuple[int, int, Tensor]]:
         """Number of a level, product and vectors (m, c, q, C), for every level and product of every batch."""
@@ -359,6 +381,17 @@ class HGAD(GradientDetector):
             metric = whitening(shrunk(covariance, shrinkage))
             mixture.metric[y] = metric.to(mixture.metric.dtype)
             mixture.log_volume[y] = torch.linalg.slogdet(metric)[1].to(mixture.log_volume.dtype)
+
+    def _scatter(self, train: Pass) -> None:
+        """Centres inside products where k-means puts them, among an even sample of the vectors."""
+        samples: dict[tuple[int, int], list[Tensor]] = {}
+        for number, y, z in self._latents(train):
+            mixture, kept = self.level(number).mixture, samples.setdefault((number, y), [])
+            residual = mixture.residual(z, y, mixture.mu[y]).flatten(1, 2)
+            if sum(map(len, kept)) < SAMPLE:
+                kept.append(residual[:, :: -(-residual.shape[1] // SPREAD)].flatten(0, 1))
+        for (number, y), kept in samples.items():
+            _set_centres(self.level(number).mixture, y, torch.cat(kept)[:SAMPLE], self.seed)
 
     def _localise(self, train: Pass) -> None:
         """Means and covariances of the cells, relative to their product's and drawn towards it."""
@@ -612,6 +645,17 @@ def _recognised(latents: Sequence[_Latent]) -> Tensor:
 def fused(parts: Sequence[Tensor], offset: float | Tensor, side: int, sigma: float) -> Tensor:
     """offset - sum of the levels' maps (N, h, w), each brought to side x side, then blurred: S_l and S_e of the paper."""
     return blurred(offset - torch.stack([upsampled(part, side) for part in parts]).sum(0), sigma)
+
+
+def _set_centres(mixture: HierarchicalMixture, product: int, residuals: Tensor, seed: int) -> None:
+    """Centres inside a product at the means of clusters of its residuals (n, D), weights by their shares."""
+    wanted = min(mixture.delta.shape[1], len(residuals))
+    groups = kmeans(residuals, wanted, seed)
+    for group in range(wanted):
+        own = residuals[groups == group]
+        if len(own):
+            mixture.delta[product, group] = own.mean(0)
+            mixture.psi_intra[product, group + 1] = math.log(len(own) / len(residuals) * wanted)
 
 
 def _check_choices(**chosen: str) -> None:

@@ -47,12 +47,14 @@ class CouplingBlock(nn.Module):
     ratio       hidden channels of the subnet for each of its inputs
 
     `precision` is that of the products inside the subnet alone; what they give, the mixing, exp, tanh and all sums keep
-    the precision of the weights. It is no state: a model is saved and loaded without it.
+    the precision of the weights. `dropout` is the share of hidden channels left out in training. Neither is state: a model
+    is saved and loaded without them.
     """
 
     rotation: Tensor
     order: Tensor
     precision: torch.dtype = torch.float32
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class CouplingBlock(nn.Module):
 
     def _scale_and_shift(self, kept: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-scale and shift of the moved half, each (n, C/2) or (N, C/2, h, w)."""
-        hidden = self._hidden(kept, term).relu()
+        hidden = F.dropout(self._hidden(kept, term).relu(), self.dropout, self.training and self.dropout > 0)
         raw, shift = (0.1 * self._product(hidden, self.output.weight, self.output.bias)).split(self.moved, dim=1)
         if self.clamp == "tanh":
             return self.alpha * raw.tanh(), shift
@@ -206,6 +208,14 @@ class Flow(nn.Module):
         for block in self.blocks:
             assert isinstance(block, CouplingBlock)
             block.precision = precision
+
+    def set_dropout(self, share: float) -> None:
+        """Of the hidden channels, in training."""
+        if not 0 <= share < 1:
+            raise ConfigError(f"dropout: got {share}, expected a share from 0 to below 1")
+        for block in self.blocks:
+            assert isinstance(block, CouplingBlock)
+            block.dropout = share
 
     def forward(self, x: Tensor, condition: Tensor | None = None, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent vectors (n, C) and log-determinants (n,); or maps (N, C, h, w) and (N,), summed over the places.
