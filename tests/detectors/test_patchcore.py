@@ -280,7 +280,7 @@ def test_nothing_was_learnt() -> None:
         ({"index": "exakt"}, "unknown index 'exakt': did you mean 'exact'"),
         ({"neighbours": 0}, "neighbours: got 0, expected at least 1"),
         ({"neighbourhood": 2}, "neighbourhood: got 2, expected an odd number"),
-        ({"coreset": 0.0}, "coreset: got 0, expected a share above 0 and at most 1"),
+        ({"coreset": 0.0}, "coreset: got 0, expected a share above 0 and up to 1"),
         ({"coreset": 10}, "coreset: got 10, expected"),
         ({"max_bank_vectors": 1}, r"max_bank_vectors=1 and max_ram=1024 MiB have room for 1 vectors, .* 2 products"),
         ({"max_ram": 0.001}, r"max_ram=0\.001 MiB has no room"),

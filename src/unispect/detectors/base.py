@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -16,6 +16,38 @@ from unispect.types import Features, Scores
 Pass: TypeAlias = Callable[[], Iterable[tuple[Features, Tensor]]]
 
 PRECISIONS = ("f32", "bf16")
+
+
+def check_choices(known: Mapping[str, Sequence[str]], **chosen: str) -> None:
+    """Raises ConfigError for a name that is not among those known for its argument."""
+    for name, value in chosen.items():
+        if value not in known[name]:
+            raise ConfigError(unknown_name(name, value, known[name]))
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ConfigError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name}: got {count}, expected at least 1")
+
+
+def check_shares(**shares: float) -> None:
+    """Raises ConfigError for what is no share above 0 and up to 1."""
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"{name}: got {share:g}, expected a share above 0 and up to 1")
+
+
+def with_places(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Numbers of the levels (C, h, w) that have several places; of all levels where none has."""
+    return [number for number, (_, height, width) in enumerate(shapes) if height * width > 1] or list(range(len(shapes)))
+
+
+def largest_grid(shapes: Sequence[tuple[int, ...]], levels: Sequence[int]) -> tuple[int, int]:
+    """(h, w) of the level with most places among some."""
+    _, height, width = max((shapes[number] for number in levels), key=lambda shape: shape[1] * shape[2])
+    return height, width
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from unispect.detectors.base import GradientDetector, Pass
+from unispect.detectors.base import GradientDetector, Pass, check_counts
 from unispect.errors import ConfigError
 from unispect.nn.coupling import Flow
 from unispect.nn.likelihood import Tally, standard_normal, unlikely
@@ -152,8 +152,6 @@ class CFLOW(GradientDetector):
 
 
 def _check(blocks: int, ceiling: float, map_side: int) -> None:
-    for name, count in {"blocks": blocks, "map_side": map_side}.items():
-        if count < 1:
-            raise ConfigError(f"{name}: got {count}, expected at least 1")
+    check_counts(blocks=blocks, map_side=map_side)
     if not 0 < ceiling <= 1:
         raise ConfigError(f"ceiling: got {ceiling}, expected above 0 and up to 1")

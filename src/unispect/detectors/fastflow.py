@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import GradientDetector, Pass
+from unispect.detectors.base import GradientDetector, Pass, check_counts
 from unispect.errors import ConfigError
 from unispect.nn.coupling import Flow
 from unispect.nn.likelihood import standard_normal
@@ -154,8 +154,6 @@ class FastFlow(GradientDetector):
 
 
 def _check(blocks: int, kernels: Sequence[int], map_side: int) -> None:
-    for name, count in {"blocks": blocks, "map_side": map_side}.items():
-        if count < 1:
-            raise ConfigError(f"{name}: got {count}, expected at least 1")
+    check_counts(blocks=blocks, map_side=map_side)
     if not kernels:
         raise ConfigError("kernels=[]: expected at least one odd number, such as [3] or [3, 1]")

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import GradientDetector, Pass
-from unispect.errors import ConfigError, unknown_name
+from unispect.detectors.base import GradientDetector, Pass, check_choices, check_counts, with_places
+from unispect.errors import ConfigError
 from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
 from unispect.nn.clusters import kmeans
 from unispect.nn.coupling import Flow
@@ -229,9 +229,9 @@ class HGAD(GradientDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(start=start, whitening=whitening, covariance=covariance, main=main, inner_start=inner_start)
-        _check_choices(score=score, criterion=criterion, likelihood=likelihood)
-        _check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
+        check_choices(CHOICES, start=start, whitening=whitening, covariance=covariance, main=main, inner_start=inner_start)
+        check_choices(CHOICES, score=score, criterion=criterion, likelihood=likelihood)
+        check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
         if folds < 2:
             raise ConfigError(f"folds: got {folds}, expected at least 2")
         if not crowd > 0 or not place_prior >= 0 or not 0 < top <= 1:
@@ -264,7 +264,7 @@ class HGAD(GradientDetector):
             own = 0 if covariance == "identity" else len(order)
             mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, main, seed + number)
             self.levels.append(Level((channels, height, width), order, encoded, flow, mixture))
-        self.mapped = [n for n, (_, height, width) in enumerate(shapes) if height * width > 1] or list(range(len(shapes)))
+        self.mapped = with_places(shapes)
         self.side = finest([shapes[number] for number in self.mapped])
         crowded = self.mapped if score == "nearest" else []
         self.crowds = nn.ModuleList(
@@ -656,15 +656,3 @@ def _set_centres(mixture: HierarchicalMixture, product: int, residuals: Tensor, 
         if len(own):
             mixture.delta[product, group] = own.mean(0)
             mixture.psi_intra[product, group + 1] = math.log(len(own) / len(residuals) * wanted)
-
-
-def _check_choices(**chosen: str) -> None:
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise ConfigError(unknown_name(name, value, CHOICES[name]))
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name}: got {count}, expected at least 1")

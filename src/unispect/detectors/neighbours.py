@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from unispect.detectors.base import StatisticalDetector
+from unispect.detectors.base import StatisticalDetector, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
 from unispect.nn.maps import blurred, top_mean, upsampled
@@ -64,13 +64,10 @@ class Neighbours(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, count in {"neighbours": neighbours, "support": support, "around": around}.items():
-            if count < 1:
-                raise ConfigError(f"{name}: got {count}, expected at least 1")
+        check_counts(neighbours=neighbours, support=support, around=around)
+        check_shares(top=top)
         if not 0 <= whitening <= 1:
             raise ConfigError(f"whitening: got {whitening}, expected a number from 0 to 1")
-        if not 0 < top <= 1:
-            raise ConfigError(f"top: got {top}, expected a share above 0 and up to 1")
         if not bank_images > 0:
             raise ConfigError(f"bank_images: got {bank_images}, expected a number above 0")
         if max_bank_vectors < products:
@@ -78,10 +75,9 @@ class Neighbours(StatisticalDetector):
         self.neighbours, self.support, self.around, self.whitening = neighbours, support, around, whitening
         self.projection, self.top, self.seed = projection, top, seed
         self.map_side, self.sigma = map_side, sigma
-        dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
-        self.levels = dense or list(range(len(shapes)))
+        self.levels = with_places(shapes)
         self.widths = [shapes[number][0] for number in self.levels]
-        self.grid = max((shapes[number][1:] for number in self.levels), key=lambda grid: grid[0] * grid[1])
+        self.grid = largest_grid(shapes, self.levels)
         wanted = max(1, round(bank_images * self.grid[0] * self.grid[1]))
         self.most, self.max_ram = min(wanted, max_bank_vectors // products), max_ram / products
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)

@@ -15,8 +15,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import StatisticalDetector
-from unispect.errors import ConfigError, UnispectError, unknown_name
+from unispect.detectors.base import StatisticalDetector, check_choices, check_shares, with_places
+from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
 from unispect.nn.maps import blurred, top_mean, upsampled
 from unispect.nn.pca import Components, Subspace
@@ -59,16 +59,12 @@ class OPCA(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"mode": mode, "components": components, "image": image}.items():
-            if value not in CHOICES[name]:
-                raise ConfigError(unknown_name(name, value, CHOICES[name]))
-        if not 0 < variance <= 1:
-            raise ConfigError(f"variance: got {variance}, expected a share above 0 and up to 1")
+        check_choices(CHOICES, mode=mode, components=components, image=image)
+        check_shares(variance=variance)
         self.mode, self.components, self.variance, self.per_product = mode, components, variance, per_product
         self.image, self.top, self.map_side, self.sigma = image, top, map_side, sigma
-        dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
-        self.levels = dense if mode == "dense" and dense else list(range(len(shapes)))
-        self.mapped = dense or self.levels
+        self.mapped = with_places(shapes)
+        self.levels = self.mapped if mode == "dense" else list(range(len(shapes)))
         self.local = mode == "dense"
         self.channels = [channels for channels, _, _ in shapes]
         self.recogniser = Recogniser(self.channels, products) if per_product else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unispect.detectors.base import StatisticalDetector
+from unispect.detectors.base import StatisticalDetector, check_counts, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.maps import blurred, upsampled
 from unispect.types import Features, Scores
@@ -43,14 +43,12 @@ class PaDiM(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if dimension < 1:
-            raise ConfigError(f"dimension: got {dimension}, expected at least 1")
+        check_counts(dimension=dimension)
         if ridge <= 0:
             raise ConfigError(f"ridge: got {ridge}, expected a number above 0, without which covariances have no inverse")
         self.ridge, self.map_side, self.sigma = ridge, map_side, sigma
-        dense = [number for number, (_, height, width) in enumerate(shapes) if height * width > 1]
-        self.levels = dense or list(range(len(shapes)))
-        self.grid = max((shapes[number][1:] for number in self.levels), key=lambda grid: grid[0] * grid[1])
+        self.levels = with_places(shapes)
+        self.grid = largest_grid(shapes, self.levels)
         channels = sum(shapes[number][0] for number in self.levels)
         chosen = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:dimension].sort().values
         places = self.grid[0] * self.grid[1]

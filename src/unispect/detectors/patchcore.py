@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unispect.detectors.base import StatisticalDetector
-from unispect.errors import ConfigError, UnispectError, unknown_name
+from unispect.detectors.base import StatisticalDetector, check_choices, check_counts, check_shares, largest_grid, with_places
+from unispect.errors import ConfigError, UnispectError
 from unispect.nn.maps import blurred, upsampled
-from unispect.nn.memory import Bank, Coreset
+from unispect.nn.memory import Bank, Coreset, votes
 from unispect.types import Features, Scores
 
 CHOICES = {"distance": ("plain", "squared"), "reweighting": ("none", "softmax")}
@@ -62,14 +62,15 @@ class PatchCore(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choices(distance=distance, reweighting=reweighting)
-        _check_counts(dimension=dimension, max_bank_vectors=max_bank_vectors, projection=projection)
-        _check_counts(start_points=start_points, neighbours=neighbours, map_side=map_side, products=products)
-        _check_shares(neighbourhood, coreset)
-        every = range(len(shapes))
-        self.dense = [number for number in every if shapes[number][1] * shapes[number][2] > 1] or list(every)
+        check_choices(CHOICES, distance=distance, reweighting=reweighting)
+        check_counts(dimension=dimension, max_bank_vectors=max_bank_vectors, projection=projection)
+        check_counts(start_points=start_points, neighbours=neighbours, map_side=map_side, products=products)
+        check_shares(coreset=coreset)
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            raise ConfigError(f"neighbourhood: got {neighbourhood}, expected an odd number of places, such as 3")
+        self.dense = with_places(shapes)
         self.shapes, self.products, self.seed = shapes, products, seed
-        self.grid = max((shapes[number][1:] for number in self.dense), key=lambda grid: grid[0] * grid[1])
+        self.grid = largest_grid(shapes, self.dense)
         self.dimension, self.neighbourhood = dimension, neighbourhood
         self.coreset, self.max_ram, self.projection, self.start_points = coreset, max_ram, projection, start_points
         self.neighbours, self.distance, self.reweighting = neighbours, distance, reweighting
@@ -158,7 +159,11 @@ class PatchCore(StatisticalDetector):
             distances = distances.square()
         score, closest = distances.mean(1).unflatten(0, patches.shape[:2]), places[:, 0].unflatten(0, patches.shape[:2])
         maps = upsampled(score.unflatten(1, self.grid), self.map_side, aligned=False)
-        return self._image_score(score, closest, patches), blurred(maps, self.sigma), self._votes(closest)
+        return (
+            self._image_score(score, closest, patches),
+            blurred(maps, self.sigma),
+            votes(self.bank.product, self.products, closest),
+        )
 
     def _image_score(self, score: Tensor, closest: Tensor, patches: Tensor) -> Tensor:
         """The highest patch score (N, h*w) -> (N,), under "softmax" less where the bank is dense."""
@@ -170,28 +175,3 @@ class PatchCore(StatisticalDetector):
         far = torch.linalg.vector_norm(patches[row, place][:, None] - self.bank.vectors[support], dim=2)
         reweighted: Tensor = highest * (1 - far.softmax(1)[:, 0])
         return reweighted
-
-    def _votes(self, closest: Tensor) -> Tensor:
-        """log of the share of patches whose nearest bank vector is of a product, one vote added to each, (N, K)."""
-        votes = F.one_hot(self.bank.product[closest], self.products).sum(1).float() + 1
-        logs: Tensor = (votes / votes.sum(1, keepdim=True)).log()
-        return logs
-
-
-def _check_choices(**chosen: str) -> None:
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise ConfigError(unknown_name(name, value, CHOICES[name]))
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name}: got {count}, expected at least 1")
-
-
-def _check_shares(neighbourhood: int, coreset: float) -> None:
-    if neighbourhood < 1 or neighbourhood % 2 == 0:
-        raise ConfigError(f"neighbourhood: got {neighbourhood}, expected an odd number of places, such as 3")
-    if not 0 < coreset <= 1:
-        raise ConfigError(f"coreset: got {coreset:g}, expected a share above 0 and at most 1")

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from unispect.detectors.base import StatisticalDetector
+from unispect.detectors.base import StatisticalDetector, check_counts
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.buffers import Learnt
 from unispect.nn.maps import blurred, upsampled
-from unispect.nn.memory import nearest
+from unispect.nn.memory import nearest, votes
 from unispect.types import Features, Scores
 
 
@@ -84,9 +83,7 @@ class SPADE(StatisticalDetector):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, count in {"products": products, "neighbours": neighbours, "map_side": map_side}.items():
-            if count < 1:
-                raise ConfigError(f"{name}: got {count}, expected at least 1")
+        check_counts(products=products, neighbours=neighbours, map_side=map_side)
         if max_images < products:
             raise ConfigError(f"max_images: got {max_images}, expected at least one for each of {products} products")
         every = range(len(shapes))
@@ -144,7 +141,7 @@ class SPADE(StatisticalDetector):
             for level in range(len(self.dense))
         ]
         maps = blurred(torch.stack(levels).mean(0), self.sigma)
-        return Scores(distances.mean(1), maps, self._votes(places))
+        return Scores(distances.mean(1), maps, votes(self.gallery.product, self.products, places))
 
     def _gaps(self, number: int, level: Tensor, places: Tensor) -> Tensor:
         """Distance of each place to the nearest place of the image's neighbours (N, k), (N, C, h, w) -> (N, h, w)."""
@@ -154,12 +151,6 @@ class SPADE(StatisticalDetector):
             distances, _ = nearest(_vectors(level[image : image + 1]), _vectors(gallery[kept].to(level)))
             gaps[image] = distances.reshape(gaps.shape[1:])
         return gaps
-
-    def _votes(self, places: Tensor) -> Tensor:
-        """log of the share of the neighbours (N, k) that are of a product, one vote added to each, (N, K)."""
-        votes = F.one_hot(self.gallery.product[places], self.products).sum(1).float() + 1
-        logs: Tensor = (votes / votes.sum(1, keepdim=True)).log()
-        return logs
 
 
 def _vectors(level: Tensor) -> Tensor:

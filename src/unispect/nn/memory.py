@@ -244,6 +244,16 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
     return torch.cat([distances for distances, _ in found]), torch.cat([places for _, places in found])
 
 
+def votes(owner: Tensor, products: int, places: Tensor) -> Tensor:
+    """log of the share of the nearest vectors that are of each product, one vote added to each, (N, k) -> (N, K).
+
+    owner    (m,) product of each vector in the bank
+    places   (N, k) of the nearest vectors
+    """
+    counted = torch.nn.functional.one_hot(owner[places], products).sum(1).float() + 1
+    return (counted / counted.sum(1, keepdim=True)).log()
+
+
 def gaps(bank: Tensor, k: int, chunk: int = 1 << 22) -> Tensor:
     """Distances of each vector to its k nearest others, (m, C) -> (m, k), ascending; k is below m.
 
