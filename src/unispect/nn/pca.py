@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unispect.nn.buffers import Learnt
-from unispect.nn.gaussian import Moments
+from unispect.nn.gaussian import Moments, ledoit_wolf
 
 FLOOR = 1e-6  # of the mean variance of all components: less counts as that, so that a constant direction stays finite
 
@@ -49,12 +49,9 @@ class Subspace(Learnt):
 
     def learn(self, components: Components, fourth: float) -> None:
         """Take over kept components whose vectors have this sum of fourth powers of their norm."""
-        variances, count = components.variances, components.count
-        scale = variances.mean()
-        spread = float((variances - scale).square().sum())
-        noise = (fourth / count - float(variances.square().sum())) / count
-        shrinkage = min(max(noise, 0.0), spread) / spread if spread > 0 else 1.0
-        shrunk = ((1 - shrinkage) * variances + shrinkage * scale).clamp(min=components.floor)
+        variances = components.variances
+        shrinkage = ledoit_wolf(variances.diag(), fourth, components.count)
+        shrunk = ((1 - shrinkage) * variances + shrinkage * variances.mean()).clamp(min=components.floor)
         self.mean = components.mean.float()
         self.matrix = (components.directions / shrunk.sqrt()).T.float().contiguous()
 
