@@ -429,7 +429,7 @@ def test_told_the_product_it_scores_under_it_and_says_the_same_untold(inspector:
         assert same(finding, still)
         assert given is not None
         assert other is not None
-        assert other.product is None
+        assert other.product in (None, "gear")
         alike = bool(np.isclose(other.score, given.score, rtol=1e-4, atol=1e-5))
         assert alike is (Path(str(finding.path)).parts[-4] == "gear")
 

@@ -281,10 +281,12 @@ class _Loop:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, self.recipe)
         losses: dict[str, Tensor] = {}
+        # One number a stage: a compiled loss is compiled anew for every other.
+        stage = max((share for share in self.detector.stages if share <= done), default=0.0)
         with self._random(level):
             for found, places, product in self.sampler.parts(self.step, level):
                 optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
-                losses = self.loss(level, found, places, product, done)
+                losses = self.loss(level, found, places, product, stage)
                 torch.autograd.backward(losses["total"])
                 optimizer.step()
         return {name: float(value.detach()) for name, value in losses.items()}

@@ -221,8 +221,11 @@ class Inspector:
                     yield records[done], loader.failures[failed], None
                     done, failed = done + 1, failed + 1
                 path, size = str(records[index].path), loader.sizes[index]
-                other = self._finding(path, told, place, size) if told and names[place] in self.products else None
-                yield records[index], self._finding(path, scores, place, size), other
+                found = self._finding(path, scores, place, size)
+                other = found if given and names[place] in self.products else None
+                if place in told:
+                    other = self._finding(path, *told[place], size)
+                yield records[index], found, other
                 done = index + 1
         for missing in range(done, len(records)):
             yield records[missing], loader.failures[failed + missing - done], None
@@ -250,14 +253,23 @@ class Inspector:
         return self._finding(name, self._scored(images)[0], 0, (array.shape[1], array.shape[0]))
 
     @torch.inference_mode()
-    def _scored(self, images: torch.Tensor, names: Sequence[str | None] | None = None) -> tuple[Scores, Scores | None]:
-        """Scores without a label and, where names are given, beside them those under the named products."""
+    def _scored(
+        self, images: torch.Tensor, names: Sequence[str | None] | None = None
+    ) -> tuple[Scores, dict[int, tuple[Scores, int]]]:
+        """Scores without a label and, where names are given, other scores and a row in them for the images whose named
+        product is not the one that they were taken for: told their product, all others score as they do anyway."""
         features = self.engine(images)
-        scores = self.detector(features)
+        scores: Scores = self.detector(features)
         if names is None or not isinstance(self.detector, TakesProduct):
-            return scores, None
-        numbers = [self.products.index(name) if name in self.products else 0 for name in names]
-        return scores, self.detector.forward_given(features, torch.tensor(numbers))
+            return scores, {}
+        guess = [None] * len(names) if scores.products is None else scores.products.argmax(1).tolist()
+        known = {place: self.products.index(name) for place, name in enumerate(names) if name in self.products}
+        places = [place for place, number in known.items() if number != guess[place]]
+        if not places:
+            return scores, {}
+        numbers = torch.tensor([known[place] for place in places])
+        told = self.detector.forward_given([level[places] for level in features], numbers)
+        return scores, {place: (told, row) for row, place in enumerate(places)}
 
     def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int]) -> Finding:
         score = float(scores.image[place])

@@ -176,9 +176,13 @@ class StatisticalDetector(Detector):
 
 
 class GradientDetector(Detector):
-    """Learnt by gradient steps on vectors; the loop is `unispect.fit`. Levels are learnt independently."""
+    """Learnt by gradient steps on vectors; the loop is `unispect.fit`. Levels are learnt independently.
+
+    stages   shares of the training after which the loss is another one
+    """
 
     levels: nn.ModuleList
+    stages: tuple[float, ...] = ()
 
     @abstractmethod
     def grid(self, level: int) -> Tensor:
@@ -193,7 +197,10 @@ class GradientDetector(Detector):
 
     @abstractmethod
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
-        """Losses of vectors (m, c, q, C) at places (m, c, q) of images of products (m,); "total" is what is minimised."""
+        """Losses of vectors (m, c, q, C) at places (m, c, q) of images of products (m,); "total" is what is minimised.
+
+        progress   0 or, of the `stages` that have begun, the last one
+        """
 
     @abstractmethod
     def held_out_loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor) -> Tensor:

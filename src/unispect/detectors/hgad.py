@@ -252,6 +252,7 @@ class HGAD(GradientDetector):
         self.score, self.criterion, self.likelihood = score, criterion, likelihood
         self.top, self.ceiling = top, ceiling
         self.map_side, self.sigma, self.products = map_side, sigma, products
+        self.stages = (first_stage,)
         self.folds, self.place_prior, self.statistics, self.seed = folds, place_prior, statistics, seed
         self._dealt: Tensor | None = None
         self.levels = nn.ModuleList()
@@ -306,9 +307,10 @@ class HGAD(GradientDetector):
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
         """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join, Eq. 11 and the published code."""
         z, logdet = self.level(level).latent(vectors, places, self.noise)
-        terms = self.level(level).mixture.terms(z, logdet, product, self.label_smoothing)
+        second = self.intra and progress >= self.first_stage
+        terms = self.level(level).mixture.terms(z, logdet, product, self.label_smoothing, second)
         total = self.lambda1 * terms.inter + self.lambda2 * terms.information + (terms.entropy if self.entropy else 0)
-        if self.intra and progress >= self.first_stage:
+        if second:
             total = total + terms.intra + (terms.sigmoid if self.log_sigmoid else 0)
         return {"total": total, "inter": terms.inter, "information": terms.information, "intra": terms.intra}
 

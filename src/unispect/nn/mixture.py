@@ -95,10 +95,24 @@ class HierarchicalMixture(nn.Module):
 
     def own(self, z: Tensor, product: Tensor) -> Tensor:
         """`inside` under each image's own product, (m, c, q, D) and (m,) -> (m, c, q)."""
-        out = z.new_empty(z.shape[:-1])
+        if self.cells <= 1:
+            return self._own(z, product)
+        out = z.new_empty(z.shape[:-1])  # a matrix for each image and cell would be too much to gather
         for y in product.unique().tolist():
             out = out.index_put((torch.nonzero(product == y)[:, 0],), self.inside(z[product == y], y))
         return out
+
+    def _own(self, z: Tensor, product: Tensor) -> Tensor:
+        """All images at once; in shapes alone, so that it can be compiled."""
+        residual = z - self.mu.detach().index_select(0, product)[:, None, None]
+        if self.cells:
+            residual = residual - self.offset[product][:, :, None]
+            residual = torch.einsum("mcqd,mced->mcqe", residual, self.metric[product])
+        delta = nn.functional.pad(self.delta, (0, 0, 1, 0)).index_select(0, product)
+        along = (residual.flatten(1, 2) @ delta.mT).unflatten(1, z.shape[1:3])
+        squared = residual.square().sum(-1, keepdim=True) - 2 * along + delta.square().sum(-1)[:, None, None]
+        weights = self.psi_intra.log_softmax(-1).index_select(0, product)[:, None, None]
+        return torch.logsumexp(-squared / 2 + weights, -1) + self.volume(product)
 
     def _inside(self, residual: Tensor, product: int) -> Tensor:
         delta = torch.cat([self.delta.new_zeros(1, self.channels), self.delta[product]])
@@ -112,8 +126,10 @@ class HierarchicalMixture(nn.Module):
         squared = (residual[..., None, :] - delta).square().sum(-1)
         return (-squared / 2 + self.psi_intra[product].log_softmax(-1)).softmax(-1)
 
-    def terms(self, z: Tensor, logdet: Tensor, product: Tensor, smoothing: float) -> MixtureTerms:
+    def terms(self, z: Tensor, logdet: Tensor, product: Tensor, smoothing: float, second_stage: bool = True) -> MixtureTerms:
         """All losses, from z (m, c, q, D), log-determinants (m, c, q) and the product of each image (m,).
+
+        In the first stage `intra` and `sigmoid` are 0 and are not computed: what they teach gets no gradient, not one of 0.
 
         Main centres and product weights learn from `inter`, `information` and `entropy` only; the product weights
         from `inter` alone; centres inside a product from `intra` and `sigmoid`.
@@ -124,15 +140,13 @@ class HierarchicalMixture(nn.Module):
         posterior = (logits + fixed).log_softmax(0) - fixed
         target = smoothed(product, self.products, smoothing).to(z.dtype).T[:, :, None, None]
         information = -(target * posterior).sum(0).mean()
+        uncertain = entropy(logits).mean()
+        if not second_stage:
+            return MixtureTerms(inter, information, uncertain, inter.new_zeros(()), inter.new_zeros(()))
         inside = self.own(z, product) + logdet
         density = (inside - self.channels / 2 * LOG_2PI) / self.channels
-        return MixtureTerms(
-            inter,
-            information,
-            entropy(logits).mean(),
-            -inside.mean() / self.channels,
-            -nn.functional.logsigmoid(density).mean(),
-        )
+        likely = -nn.functional.logsigmoid(density).mean()
+        return MixtureTerms(inter, information, uncertain, -inside.mean() / self.channels, likely)
 
 
 def entropy(logits: Tensor) -> Tensor:
