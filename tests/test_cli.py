@@ -419,6 +419,27 @@ def test_evaluate_speaks_and_keeps_another_promise(run: Run, place: Place) -> No
     assert "at least 99 are needed" in impossible.err
 
 
+def test_report_is_the_page_of_evaluate(run: Run, place: Place, tmp_path: Path) -> None:
+    result = run("report", place.model, place.data, "-o", tmp_path / "out")
+    assert result.code == 0
+    assert result.err == f"Report: {tmp_path / 'out' / 'report.html'}\n"
+    assert "pooled" in result.out
+
+
+def test_report_looks_inside_a_flow(run: Run, place: Place, tmp_path: Path) -> None:
+    given = ["report", place.model, place.data, "-o", tmp_path / "out", "--diagnose", "--cache", place.cache]
+    result = run(*given, "--json")
+    assert result.code == 0
+    numbers = json.loads(result.out)
+    assert numbers == json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert numbers["same"] is True
+    assert [check["step"] for check in numbers["training"]][0] == 0
+    assert "<svg" in (tmp_path / "out" / "diagnosis.html").read_text()
+    short = run(*given, "--no-training")
+    assert short.out.startswith("By likelihood alone ")
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["training"] is None
+
+
 # Killed and resumed
 
 

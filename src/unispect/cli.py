@@ -673,6 +673,48 @@ def evaluate(
         _say(f"Report: {report}")
 
 
+@app.command()
+def report(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the report.")],
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose", help="Look inside a flow: likelihoods of good and defective images, its training, its centres."
+        ),
+    ] = False,
+    training: Annotated[
+        bool, typer.Option(help="With --diagnose: train again, and look at every check. The model is not changed.")
+    ] = True,
+    as_json: Json = False,
+    cache: Cache = None,
+    dataset: Dataset = None,
+    partial: Partial = False,
+) -> None:
+    """Write what `evaluate` finds as an HTML page or, with --diagnose, what a flow makes of labelled images."""
+    if not diagnose:
+        evaluate(model, data, out, as_json, None, None, dataset, partial)
+        return
+    from unispect.data.datasets import read_data
+    from unispect.evaluation import diagnose as look
+    from unispect.features.cache import FeatureCache
+    from unispect.report.diagnosis import lead, write_diagnosis
+    from unispect.report.results import provenance
+
+    inspector = _loaded(model, None)
+    with _Bars() as bars:
+        records = read_data(data, dataset, partial)
+        found = look(inspector, records, training=training, cache=FeatureCache(cache), progress=bars)
+    facts = provenance(inspector, f"unispect report {model} {data} --diagnose")
+    page = write_diagnosis(found, out, f"{model.name} on {data.name}: diagnosis", facts)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        print(lead(found))
+    _say(f"Report: {page}")
+
+
 # benchmark
 
 

@@ -27,10 +27,10 @@ from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
-from unispect.features.cache import FeatureCache
+from unispect.features.cache import FeatureCache, FeatureSet
 from unispect.features.engine import Engine, engine
 from unispect.features.pyramid import PyramidExtractor
-from unispect.fit import History, Labelled, fit, learn
+from unispect.fit import History, Labelled, Watch, fit, learn
 from unispect.metrics.regions import regions
 from unispect.nn.clusters import discover
 from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
@@ -308,6 +308,36 @@ class Inspector:
             for left, top, right, bottom, peak, area in found
         )
 
+    # Looking inside.
+
+    def features(
+        self, records: Sequence[Record], *, cache: FeatureCache | None = None, progress: Progress | None = None
+    ) -> tuple[FeatureSet, list[Record]]:
+        """Features of some images as the detector gets them, and the records of those that can be read.
+
+        Raises DataError for no images, ImageError where none can be read.
+        """
+        run = _Fit(self.config, cache or FeatureCache(), None, False, progress)
+        found, readable = run.read(records, self.split, self.engine, "images")
+        return found, readable
+
+    def train_again(
+        self, watch: Watch, *, cache: FeatureCache | None = None, progress: Progress | None = None
+    ) -> tuple[Detector, History]:
+        """Train as this model was trained: the same settings, seed and images, on a CPU with the same bits.
+
+        watch   called at each check with the step and the detector as it is then, which it must leave as it is
+
+        Raises DataError where an image that it learnt from is gone or has changed.
+        """
+        run = _Fit(self.config, cache or FeatureCache(), None, True, progress)
+        for record in (*self.split.train, *self.split.held_out):
+            if not record.path.is_file() or content_hash(record.path) != self.split.hashes.get(record.path):
+                raise DataError(
+                    f"{record.path}: gone or changed since the model learnt from it, so it cannot be trained again"
+                )
+        return run.again(self.split, self.engine, watch)
+
     # Keeping.
 
     def save(self, path: Path | str, overwrite: bool = False) -> Path:
@@ -575,11 +605,16 @@ class _Fit:
         """Scores of the calibration images of a split, and what is to be noted of all images."""
         return self._calibrate(detector, split, eyes), self._notes()
 
-    def _learnt(self, split: Split, eyes: Engine) -> tuple[list[str], Detector, dict[str, Any]]:
+    def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
+        """The detector trained on a split, watched, and what the loop saw."""
+        _, detector, facts = self._learnt(split, eyes, watch)
+        return detector.eval(), History(**facts["history"])
+
+    def _learnt(self, split: Split, eyes: Engine, watch: Watch | None = None) -> tuple[list[str], Detector, dict[str, Any]]:
         """Names of the products, the learnt detector and facts about it."""
         gradients = issubclass(METHODS[self.config["method"]], GradientDetector)
         wanted = ("train", "held_out") if gradients else ("train",)
-        roles = {name: self._features(getattr(split, name), split, eyes, name) for name in wanted}
+        roles = {name: self.read(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
         data = {
             name: Labelled(found, labels[name], np.array(unit_numbers(records, split.hashes), np.int64))
@@ -588,7 +623,7 @@ class _Fit:
         _check_enough(data["train"].product, names)
         shapes = data["train"].features.shapes
         detector = build(self.config, shapes, len(names))
-        history, passes = self._learn(detector, data["train"], data.get("held_out"), self._identity(split, eyes))
+        history, passes = self._learn(detector, data["train"], data.get("held_out"), self._identity(split, eyes), watch)
         about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
         return names, detector, about | {"history": asdict(history), "passes": passes}
 
@@ -599,14 +634,17 @@ class _Fit:
             "marks": {content: mark.hex() for content, mark in self.marks.items()},
         }
 
-    def _learn(self, detector: Detector, train: Labelled, held_out: Labelled | None, identity: str) -> tuple[History, int]:
+    def _learn(
+        self, detector: Detector, train: Labelled, held_out: Labelled | None, identity: str, watch: Watch | None
+    ) -> tuple[History, int]:
         """What a loop saw of held-out images, and the number of passes for statistics."""
         if isinstance(detector, StatisticalDetector):
             return History(), learn(detector, train, self._step)
         assert isinstance(detector, GradientDetector)
         assert held_out is not None
         recipe = construct(Recipe, self.config["training"], "training")
-        return fit(detector, train, held_out, recipe, self.config["seed"], self.checkpoint, identity, self._step), 0
+        seed = self.config["seed"]
+        return fit(detector, train, held_out, recipe, seed, self.checkpoint, identity, self._step, watch), 0
 
     def _split(self, data: Path | str | Sequence[Record]) -> Split:
         records = read_data(data) if isinstance(data, Path | str) else list(data)
@@ -626,7 +664,7 @@ class _Fit:
                 self.failures.append(Failure(record.path, "no such file"))
         return [record for record in records if record.path.is_file()]
 
-    def _features(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[Any, list[Record]]:
+    def read(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[FeatureSet, list[Record]]:
         """Features of the images that can be read, and their records."""
         if not records:
             raise DataError(f"{stage}: no image is left for it: give more images, or larger shares under [split]")
@@ -690,7 +728,7 @@ class _Fit:
         return names, dict(zip(counts, parts, strict=True)), True
 
     def _calibrate(self, detector: Detector, split: Split, eyes: Engine) -> Calibration:
-        features, records = self._features(split.calibration, split, eyes, "calibration")
+        features, records = self.read(split.calibration, split, eyes, "calibration")
         images: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []

@@ -157,6 +157,25 @@ class HoldsProducts(Protocol):
         """Forget a product; the numbers of later ones fall by one."""
 
 
+@runtime_checkable
+class HasLikelihoods(Protocol):
+    """A detector that has a density of features."""
+
+    def likelihoods(self, features: Features, product: Tensor) -> list[Tensor]:
+        """Log-likelihood per dimension, nats, (N, h, w) of each level; under the product (N,) where the prior has some."""
+
+
+@runtime_checkable
+class HasCentres(Protocol):
+    """A detector whose prior is a mixture of products, and of centres inside each."""
+
+    def main_centres(self) -> list[Tensor]:
+        """Main centre of each product, (K, D) of each level."""
+
+    def responsibilities(self, features: Features, product: Tensor) -> list[Tensor]:
+        """Share of each centre inside the product (N,) in each vector, (N, h*w, M) of each level."""
+
+
 class StatisticalDetector(Detector):
     """Learnt in whole passes over the training images; what it learns adds up over batches.
 

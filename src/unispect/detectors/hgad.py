@@ -554,6 +554,25 @@ class HGAD(GradientDetector):
     def _entropy(self, latent: _Latent) -> Tensor:
         return latent.level.as_map(entropy(latent.logits))
 
+    @torch.no_grad()
+    def likelihoods(self, features: Features, product: Tensor) -> list[Tensor]:
+        """Log-likelihood per dimension, nats, (N, h, w) of each level, under the product (N,)."""
+        return self._densities(self._read(features), product)
+
+    def main_centres(self) -> list[Tensor]:
+        """Main centre of each product, (K, D) of each level."""
+        return [self.level(number).mixture.mu.detach() for number in range(len(self.levels))]
+
+    @torch.no_grad()
+    def responsibilities(self, features: Features, product: Tensor) -> list[Tensor]:
+        """Share of each centre inside the product (N,) in each vector, (N, h*w, M) of each level."""
+        found = []
+        for latent in self._read(features):
+            pairs = zip(latent.z, product.tolist(), strict=True)
+            rows = [latent.level.mixture.responsibilities(z[None], y).flatten(1, 2) for z, y in pairs]
+            found.append(torch.cat(rows))
+        return found
+
     def recognise(self, features: Features) -> Tensor:
         """log p(product | image), (N, K): the mean over levels and places of that of the vectors, normalised."""
         return _recognised(self._read(features))

@@ -79,7 +79,7 @@ def evaluate(
     Raises DataError without labelled test images, and LeakError where a test image was learnt from, held out or used to
     calibrate, recognised by its content.
     """
-    records = sorted(_labelled_test(data), key=product_of)
+    records = sorted(labelled_test(data), key=product_of)
     masked = _masked_products(records, ignore_masks)
     warnings = inspector.seen.refuse(records)
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def evaluate(
         return tally.evaluation(inspector, ignore_masks, warnings, comparisons)
 
 
-def _labelled_test(data: Path | str | Sequence[Record]) -> list[Record]:
+def labelled_test(data: Path | str | Sequence[Record]) -> list[Record]:
     """Test records with a label; those of the train split are good by assumption and would flatter the result."""
     records: Sequence[Record] = read_data(data) if isinstance(data, str | Path) else data
     chosen = [record for record in records if record.split == "test" and record.label is not None]

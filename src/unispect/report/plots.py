@@ -135,6 +135,44 @@ def dots(told: str, rows: Sequence[tuple[str, Sequence[float]]], low: float) -> 
     return _svg(WIDTH, height, told, body)
 
 
+def course(told: str, steps: Sequence[int], values: Sequence[float]) -> Markup:
+    """A value over steps, from its lowest to its highest."""
+    low, high = min(values), max(values)
+    height, span = max(high - low, 1e-12), max(steps[-1] - steps[0], 1)
+    x = [40 + (step - steps[0]) / span * (RIGHT - 50) for step in steps]
+    y = [TOP + (high - value) / height * (BOTTOM - TOP) for value in values]
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    body = Markup('<polyline points="{}" class="curve"/>').format(points)
+    body += Markup("").join(
+        Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" class="point"/>').format(a, b) for a, b in zip(x, y, strict=True)
+    )
+    body += Markup(
+        '<text x="34" y="{}" text-anchor="end">{:.4g}</text><text x="34" y="{}" text-anchor="end">{:.4g}</text>'
+        '<text x="40" y="{under}">step {}</text><text x="{}" y="{under}" text-anchor="end">{}</text>'
+    ).format(TOP + 4, high, BOTTOM + 4, low, steps[0], RIGHT - 10, steps[-1], under=HEIGHT - 6)
+    ends = ", ".join(f"{step}: {value:.4g}" for step, value in zip(steps, values, strict=True))
+    return _svg(WIDTH, HEIGHT, f"{told}: {ends}", body)
+
+
+def heatmap(told: str, rows: Sequence[str], columns: Sequence[str] | None, values: Sequence[Sequence[float]]) -> Markup:
+    """Values >= 0 as shades, the largest darkest; the first column of names is at the left, columns are numbered."""
+    most = max((value for row in values for value in row), default=0.0) or 1.0
+    wide, left = len(values[0]) if len(values) else 0, 110
+    side = max(6.0, min(22.0, (RIGHT - left) / max(wide, 1)))
+    body = Markup("")
+    for number, (name, row) in enumerate(zip(rows, values, strict=True)):
+        y = TOP + side * number
+        body += Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(left - 6, y + side * 0.7, name[:16])
+        for place, value in enumerate(row):
+            body += Markup(
+                '<rect x="{:.1f}" y="{:.1f}" width="{s:.1f}" height="{s:.1f}" class="cell" fill-opacity="{:.3f}">'
+                "<title>{}, {}: {:.3g}</title></rect>"
+            ).format(left + side * place, y, value / most, name, (columns or rows)[place], value, s=side - 1)
+    height = int(TOP + side * len(rows) + 22)
+    body += Markup('<text x="{}" y="{}">0 to {:.3g}</text>').format(left, height - 6, most)
+    return _svg(max(WIDTH, int(left + side * wide + 10)), height, told, body)
+
+
 def _line(x: np.ndarray, y: np.ndarray) -> Markup:
     """A curve within the unit square."""
     points = " ".join(f"{PAD + SIDE * a:.1f},{10 + SIDE * (1 - b):.1f}" for a, b in zip(x, y, strict=True))

@@ -218,6 +218,12 @@ def _plain(results: Sequence[Result], found: Sequence[Summary], comparisons: Seq
     return {"summary": rows, "cells": cells, "comparisons": [one.as_dict() for one in comparisons]}
 
 
+def page_style() -> Markup:
+    """The look that all pages share."""
+    style = resources.files("unispect.report").joinpath("page.html").read_text(encoding="utf-8")
+    return Markup(style[style.index("<style>") + 7 : style.index("</style>")].replace("{{ page.legend | safe }}", "none"))
+
+
 def _write_page(
     path: Path,
     results: Sequence[Result],
@@ -227,14 +233,12 @@ def _write_page(
     comparisons: Sequence[Comparison],
 ) -> Path:
     source = resources.files("unispect.report").joinpath("summary.html").read_text(encoding="utf-8")
-    style = resources.files("unispect.report").joinpath("page.html").read_text(encoding="utf-8")
-    css = style[style.index("<style>") + 7 : style.index("</style>")].replace("{{ page.legend | safe }}", "none")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     product_head, product_rows = _product_table(found)
     links = [(_name(result), result["report"], result["scores"]) for result in results if result.get("report")]
     text = environment.from_string(source).render(
         title=title,
-        style=Markup(css),
+        style=page_style(),
         lead=_lead(results, found),
         sheets=_sheets(found),
         product_head=product_head,
