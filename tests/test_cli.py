@@ -433,7 +433,7 @@ def test_report_looks_inside_a_flow(run: Run, place: Place, tmp_path: Path) -> N
     numbers = json.loads(result.out)
     assert numbers == json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert numbers["same"] is True
-    assert [check["step"] for check in numbers["training"]][0] == 0
+    assert numbers["training"][0]["step"] == 0
     assert "<svg" in (tmp_path / "out" / "diagnosis.html").read_text()
     short = run(*given, "--no-training")
     assert short.out.startswith("By likelihood alone ")

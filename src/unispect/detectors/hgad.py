@@ -169,6 +169,7 @@ class HGAD(GradientDetector):
     criterion         "both" factors of "product", or one of them, "likelihood" or "entropy", alone
     likelihood        under the product "predicted" for the image, or "marginal" over all products
     crowd             centres of a product in "nearest": as many as this number of images has vectors
+    max_centres       of a level in "nearest", all products together; of many products each has an equal share
     folds             parts of a product's images that take turns in being scored by the centres of the others, in "nearest"
     place_prior       images that the scale of a place must outvote to leave that of all places, in "nearest"; a large number
                       for products that do not lie still
@@ -217,7 +218,8 @@ class HGAD(GradientDetector):
         score: str = "nearest",
         criterion: str = "both",
         likelihood: str = "predicted",
-        crowd: float = 15.0,
+        crowd: float = 30.0,
+        max_centres: int = 400_000,
         folds: int = 4,
         place_prior: float = 10.0,
         statistics: int = 256,
@@ -232,6 +234,8 @@ class HGAD(GradientDetector):
         check_choices(CHOICES, start=start, whitening=whitening, covariance=covariance, main=main, inner_start=inner_start)
         check_choices(CHOICES, score=score, criterion=criterion, likelihood=likelihood)
         check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
+        if max_centres < products:
+            raise ConfigError(f"max_centres: got {max_centres}, expected one for each of {products} products")
         if folds < 2:
             raise ConfigError(f"folds: got {folds}, expected at least 2")
         if not crowd > 0 or not place_prior >= 0 or not 0 < top <= 1:
@@ -272,7 +276,7 @@ class HGAD(GradientDetector):
             Crowds(
                 shapes[number][0],
                 products,
-                max(1, round(crowd * shapes[number][1] * shapes[number][2])),
+                min(max(1, round(crowd * shapes[number][1] * shapes[number][2])), max_centres // products),
                 folds,
                 max_ram=max_ram / len(crowded),
                 seed=seed,
