@@ -94,10 +94,11 @@ def test_the_mixture_is_the_detectors_own(found: Diagnosis, inspector: Inspector
             assert alive is not None
             assert sum(share) == pytest.approx(1, rel=1e-9)
             assert 1 <= alive <= 3
+            assert 1 / 3 <= (centres.sharp[number] or 0) <= 1
 
 
 def test_effective_numbers_of_centres() -> None:
-    centres = Centres("level", [[0.0]], [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], None])
+    centres = Centres("level", [[0.0]], [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], None], [None] * 4)
     assert [centres.alive(number) for number in range(4)] == pytest.approx([4.0, 1.0, 2.0, None])
 
 
@@ -149,11 +150,13 @@ def test_forty_products_fit_on_a_page(tmp_path: Path) -> None:
     looks = tuple(
         Look(f"{name}/{label}", name, bool(label), number + label) for number, name in enumerate(names) for label in (0, 1)
     )
-    centres = Centres("level", [[abs(a - b) * 1.0 for a in range(40)] for b in range(40)], [[0.1] * 10] * 39 + [None])
+    centres = Centres(
+        "level", [[abs(a - b) * 1.0 for a in range(40)] for b in range(40)], [[0.1] * 10] * 39 + [None], [0.1] * 39 + [None]
+    )
     found = Diagnosis("hgad", names, looks, (Check(0, 2.0, 0.5), Check(5, 1.0, 0.4)), (5,), False, "", (centres,))
     page = write_diagnosis(found, tmp_path, "forty", {}).read_text("utf-8")
     assert page.count('class="cell"') == 40 * 40 + 40 * 10
-    assert "They are NOT the model&#39;s" in page
+    assert "Its weights are NOT the model&#39;s" in page
     assert "the loss goes from 2.0000 to 1.0000 and the AUROC from 0.500 to 0.400" in page
 
 

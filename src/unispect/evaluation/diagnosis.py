@@ -7,6 +7,7 @@ and the AUROC falls. Labelled images are looked at here and learnt from nowhere:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,11 +62,14 @@ class Centres:
 
     distances   (K, K) between the main centres of the products
     shares      (K, M) of each product's normal vectors that its centres take; None of a product without normal images
+    sharp       (K,) mean over these vectors of the share of the centre that has most of it: 1/M where all centres lie as
+                one, 1 where each vector belongs to one alone
     """
 
     level: str
     distances: list[list[float]]
     shares: list[list[float] | None]
+    sharp: list[float | None]
 
     def alive(self, product: int) -> float | None:
         """Effective number of centres inside a product, exp of the entropy of their shares: from 1 to M."""
@@ -219,18 +223,21 @@ def _centres(detector: HasCentres, seen: _Images) -> tuple[Centres, ...]:
     mains = detector.main_centres()
     good = torch.tensor([record.label == 0 for record in seen.records])
     sums: dict[tuple[int, int], Tensor] = {}
+    highest: defaultdict[tuple[int, int], float] = defaultdict(float)
     with torch.inference_mode():
         for levels, part in seen.batches():
             product, kept = seen.product[part], good[part]
             for number, shares in enumerate(detector.responsibilities(levels, product)):
                 for y in product[kept].unique().tolist():
-                    chosen = shares[kept & (product == y)].double().sum((0, 1))
-                    sums[number, y] = sums.get((number, y), torch.zeros_like(chosen)) + chosen
+                    chosen = shares[kept & (product == y)].double().flatten(0, 1)
+                    sums[number, y] = sums.get((number, y), torch.zeros_like(chosen[0])) + chosen.sum(0)
+                    highest[number, y] += float(chosen.amax(1).sum())
     return tuple(
         Centres(
             f"level {number + 1} of {len(mains)}, {main.shape[1]} channels",
             torch.cdist(main.double(), main.double()).tolist(),
             [_shares(sums.get((number, y))) for y in range(len(main))],
+            [highest[number, y] / float(sums[number, y].sum()) if (number, y) in sums else None for y in range(len(main))],
         )
         for number, main in enumerate(mains)
     )

@@ -74,7 +74,11 @@ def _training(found: Diagnosis) -> Section:
         f"From step {first.step} to {last.step} the loss goes from {first.held_out:.4f} to {last.held_out:.4f}"
         + (f" and the AUROC from {first.auroc:.3f} to {last.auroc:.3f}." if first.auroc and last.auroc else "."),
         f"Kept steps, by level: {', '.join(map(str, found.kept))}. "
-        + ("The weights are the model's own, bit by bit." if found.same else "They are NOT the model's: see docs/flows.md."),
+        + (
+            "The weights are the model's own, bit by bit."
+            if found.same
+            else "Its weights are NOT the model's: see docs/flows.md."
+        ),
     ]
     steps = [check.step for check in found.training]
     losses = [check.held_out for check in found.training]
@@ -98,7 +102,9 @@ def _mixture(found: Diagnosis, centres: Centres) -> Section:
         least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
         sentences.append(
             f"Of {width} centres inside a product {known[least]:.1f} ({least}) to {known[most]:.1f} ({most}) are in use: "
-            "the effective number, exp of the entropy of the shares."
+            "the effective number, exp of the entropy of the shares. The centre that has most of a vector has "
+            f"{np.mean([value for value in centres.sharp if value is not None]):.0%} of it on average: "
+            f"{1 / width:.0%} would be centres that lie as one, 100 % centres that lie apart."
         )
     drawings = []
     if len(found.products) > 1:

@@ -139,7 +139,7 @@ def course(told: str, steps: Sequence[int], values: Sequence[float]) -> Markup:
     """A value over steps, from its lowest to its highest."""
     low, high = min(values), max(values)
     height, span = max(high - low, 1e-12), max(steps[-1] - steps[0], 1)
-    x = [40 + (step - steps[0]) / span * (RIGHT - 50) for step in steps]
+    x = [52 + (step - steps[0]) / span * (RIGHT - 62) for step in steps]
     y = [TOP + (high - value) / height * (BOTTOM - TOP) for value in values]
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     body = Markup('<polyline points="{}" class="curve"/>').format(points)
@@ -147,8 +147,8 @@ def course(told: str, steps: Sequence[int], values: Sequence[float]) -> Markup:
         Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" class="point"/>').format(a, b) for a, b in zip(x, y, strict=True)
     )
     body += Markup(
-        '<text x="34" y="{}" text-anchor="end">{:.4g}</text><text x="34" y="{}" text-anchor="end">{:.4g}</text>'
-        '<text x="40" y="{under}">step {}</text><text x="{}" y="{under}" text-anchor="end">{}</text>'
+        '<text x="46" y="{}" text-anchor="end">{:.4g}</text><text x="46" y="{}" text-anchor="end">{:.4g}</text>'
+        '<text x="52" y="{under}">step {}</text><text x="{}" y="{under}" text-anchor="end">{}</text>'
     ).format(TOP + 4, high, BOTTOM + 4, low, steps[0], RIGHT - 10, steps[-1], under=HEIGHT - 6)
     ends = ", ".join(f"{step}: {value:.4g}" for step, value in zip(steps, values, strict=True))
     return _svg(WIDTH, HEIGHT, f"{told}: {ends}", body)
