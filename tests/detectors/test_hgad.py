@@ -419,7 +419,8 @@ def test_nearest_scores_of_images_out_of_fold_have_their_tail_at_zero() -> None:
 def test_many_products_share_the_room_for_centres() -> None:
     model, train, held_out = crowded(crowd=4.0, max_centres=50)
     fit(model, train, held_out, Recipe(steps=1), 0)
-    assert [len(model._crowds()[0].product(y).bank) for y in range(2)] == [25, 25]
+    assert model.nearest is not None
+    assert [len(model.nearest._crowds()[0].product(y).bank) for y in range(2)] == [25, 25]
 
 
 def test_units_stay_in_one_fold() -> None:
@@ -469,7 +470,7 @@ def test_weight_decay_is_for_the_flow_alone(published: HGAD) -> None:
         ({"products": 0}, "products: got 0, expected at least 1"),
         ({"max_centres": 1}, "max_centres: got 1, expected one for each of 2 products"),
         ({"folds": 1}, "folds: got 1, expected at least 2"),
-        ({"crowd": 0.0}, "crowd=0.0, place_prior=10.0, top=0.01: expected a number above 0"),
+        ({"crowd": 0.0}, "crowd=0.0, place_prior=10.0: expected a number above 0"),
         ({"noise": -1.0}, "noise: got -1.0, expected a number from 0 on"),
         ({"dropout": 1.0}, "dropout: got 1.0, expected a share from 0 to below 1"),
     ],

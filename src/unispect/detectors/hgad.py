@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import GradientDetector, Pass, check_choices, check_counts, with_places
+from unispect.detectors.base import GradientDetector, Pass, check_choices, check_counts, check_shares, with_places
 from unispect.errors import ConfigError
-from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
+from unispect.nn.alignment import Folds, deal
 from unispect.nn.clusters import kmeans
 from unispect.nn.coupling import Flow
-from unispect.nn.crowds import Crowds
+from unispect.nn.crowds import Nearest
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
 from unispect.nn.likelihood import Tally
 from unispect.nn.maps import blurred, top_mean, upsampled
@@ -167,7 +167,7 @@ class HGAD(GradientDetector):
                       "product": the paper's S_l * S_e with held-out ceilings instead of test-set maxima;
                       "gated": S_l * (eps + S_e), which a saturated entropy of zero cannot erase
     criterion         "both" factors of "product", or one of them, "likelihood" or "entropy", alone
-    likelihood        under the product "predicted" for the image, or "marginal" over all products
+    likelihood        under the product "predicted" for the image, or "marginal" over all products; "nearest" takes the first
     crowd             centres of a product in "nearest": as many as this number of images has vectors
     max_centres       of a level in "nearest", all products together; of many products each has an equal share
     folds             parts of a product's images that take turns in being scored by the centres of the others, in "nearest"
@@ -233,16 +233,8 @@ class HGAD(GradientDetector):
         super().__init__()
         check_choices(CHOICES, start=start, whitening=whitening, covariance=covariance, main=main, inner_start=inner_start)
         check_choices(CHOICES, score=score, criterion=criterion, likelihood=likelihood)
-        check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side, statistics=statistics)
-        if max_centres < products:
-            raise ConfigError(f"max_centres: got {max_centres}, expected one for each of {products} products")
-        if folds < 2:
-            raise ConfigError(f"folds: got {folds}, expected at least 2")
-        if not crowd > 0 or not place_prior >= 0 or not 0 < top <= 1:
-            raise ConfigError(
-                f"crowd={crowd}, place_prior={place_prior}, top={top}: expected a number above 0, one from 0 on and a share "
-                "above 0 and up to 1"
-            )
+        check_counts(products=products, blocks=blocks, centres=centres, cell=cell, map_side=map_side)
+        check_shares(top=top)
         if start == "published" and covariance != "identity":
             raise ConfigError(f"covariance={covariance!r} is measured from data: expected start='gaussian' with it")
         if start == "published" and inner_start == "kmeans":
@@ -257,7 +249,7 @@ class HGAD(GradientDetector):
         self.top, self.ceiling = top, ceiling
         self.map_side, self.sigma, self.products = map_side, sigma, products
         self.stages = (first_stage,)
-        self.folds, self.place_prior, self.statistics, self.seed = folds, place_prior, statistics, seed
+        self.folds, self.seed = folds, seed
         self._dealt: Tensor | None = None
         self.levels = nn.ModuleList()
         for number, (channels, height, width) in enumerate(shapes):
@@ -270,20 +262,9 @@ class HGAD(GradientDetector):
             mixture = HierarchicalMixture(products, channels, centres, delta_scale, own, main, seed + number)
             self.levels.append(Level((channels, height, width), order, encoded, flow, mixture))
         self.mapped = with_places(shapes)
-        self.side = finest([shapes[number] for number in self.mapped])
-        crowded = self.mapped if score == "nearest" else []
-        self.crowds = nn.ModuleList(
-            Crowds(
-                shapes[number][0],
-                products,
-                min(max(1, round(crowd * shapes[number][1] * shapes[number][2])), max_centres // products),
-                folds,
-                max_ram=max_ram / len(crowded),
-                seed=seed,
-            )
-            for number in crowded
-        )
-        self.alignments = nn.ModuleList(Alignment(len(crowded), self.side) for _ in range(products if crowded else 0))
+        grids = [shapes[number] for number in self.mapped]
+        room, maps = (crowd, max_centres, folds, place_prior, statistics, max_ram), (top, map_side, sigma, seed)
+        self.nearest = Nearest(grids, products, *room, *maps) if score == "nearest" else None
         for name in ("image_mean", "map_mean"):
             self.register_buffer(name, torch.zeros(len(shapes), products))
         for name in ("image_scale", "map_scale"):
@@ -430,8 +411,8 @@ class HGAD(GradientDetector):
     def finish(self, train: Pass, held_out: Pass) -> None:
         """Scales of scores and likelihoods, from normal images that the flow was not trained on; in "nearest" the centres
         and, out of fold, the scales of their distances, from all images."""
-        if self.score == "nearest":
-            self._crowd(train, held_out)
+        if self.nearest is not None:
+            self.nearest.learn(lambda: self._folded(train, held_out))
         elif self.score == "aligned":
             self._measure_logdet(held_out)
             self._measure_distances(held_out)
@@ -441,35 +422,6 @@ class HGAD(GradientDetector):
     def begin(self, product: Tensor, unit: Tensor) -> None:
         """Be told of the images to train on and, after them, those held out: products (n,) and units (n,)."""
         self._dealt = deal(product, unit, self.folds, self.seed)
-
-    def _crowd(self, train: Pass, held_out: Pass) -> None:
-        """Centres of each product and, from the distances of images that had no part in them, all scales."""
-        for vectors, product, fold in self._folded(train, held_out):
-            for crowd, level in zip(self._crowds(), vectors, strict=True):
-                crowd.measure(level, product, fold)
-        for vectors, product, fold in self._folded(train, held_out):
-            for crowd, level in zip(self._crowds(), vectors, strict=True):
-                crowd.collect(level, product, fold)
-        for crowd in self._crowds():
-            crowd.choose()
-        kept: dict[int, list[Tensor]] = {}
-        for vectors, product, fold in self._folded(train, held_out):
-            pairs = zip(self._crowds(), vectors, strict=True)
-            maps = self._crowd_maps([crowd.held_back(level, product, fold) for crowd, level in pairs])
-            for row, y in zip(maps, product.tolist(), strict=True):
-                if len(kept.setdefault(y, [])) < self.statistics:
-                    kept[y].append(row)
-        for crowd in self._crowds():
-            crowd.done()
-        for y, rows in kept.items():
-            self._align(self.alignment(y), torch.stack(rows))
-
-    def _align(self, alignment: Alignment, maps: Tensor) -> None:
-        """Scales of a product from maps (n, L, g, g); each is measured with places whose scales leave it out."""
-        alignment.learn_places(maps, self.place_prior)
-        evidence = self._evidence(without_itself(maps, self.place_prior))
-        alignment.learn_members(evidence)
-        alignment.learn_sum(alignment.members(evidence).mean(1))
 
     def _folded(self, train: Pass, held_out: Pass) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
         """Latent vectors (N, p, C) of the levels with centres, products (N,) and folds (N,), of all images."""
@@ -594,8 +546,10 @@ class HGAD(GradientDetector):
         return self._scores(self._read(features), product, None)
 
     def _scores(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
-        if self.score == "nearest":
-            return self._nearest(latents, product, products)
+        if self.nearest is not None:
+            chosen = [latents[number] for number in self.mapped]
+            judged = self.nearest([latent.level.in_order(latent.z) for latent in chosen], product)
+            return Scores(judged.image, judged.maps, products, judged.unaligned)
         if self.score == "aligned":
             return self._aligned(latents, product, products)
         likely = [
@@ -612,41 +566,6 @@ class HGAD(GradientDetector):
     def _unlikely(self, parts: Sequence[Tensor]) -> Tensor:
         """L - sum of the levels' values in (0, 1], blurred, (N, side, side)."""
         return fused(parts, float(len(parts)), self.map_side, self.sigma)
-
-    def alignment(self, product: int) -> Alignment:
-        """Scales of a product's distances out of fold."""
-        part = self.alignments[product]
-        assert isinstance(part, Alignment)
-        return part
-
-    def _crowds(self) -> list[Crowds]:
-        return [crowd for crowd in self.crowds if isinstance(crowd, Crowds)]
-
-    def _crowd_maps(self, distances: Sequence[Tensor]) -> Tensor:
-        """Distances (N, p) of each level on one grid, (N, L, g, g)."""
-        maps = []
-        for number, distance in zip(self.mapped, distances, strict=True):
-            maps.append(upsampled(distance.unflatten(1, self.level(number).shape[1:]), self.side, aligned=False))
-        return torch.stack(maps, 1)
-
-    def _evidence(self, maps: Tensor) -> Tensor:
-        """Highest places of each level, (N, L, g, g) -> (N, L)."""
-        highest: Tensor = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
-        return highest
-
-    def _nearest(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
-        chosen = [latents[number] for number in self.mapped]
-        distances = [
-            crowd(latent.level.in_order(latent.z), product) for crowd, latent in zip(self._crowds(), chosen, strict=True)
-        ]
-        maps, known = self._crowd_maps(distances), [self.alignment(y) for y in product.tolist()]
-        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
-        pairs = zip(known, self._evidence(placed), strict=True)
-        image = torch.stack([alignment.sum(alignment.members(row).mean()) for alignment, row in pairs])
-        # Scales of places tell whether an image is normal; within it they hide defects where products differ.
-        shown = torch.stack([alignment.whole(row).mean(0) for alignment, row in zip(known, maps, strict=True)])
-        shown = blurred(upsampled(shown, self.map_side, aligned=False), self.sigma)
-        return Scores(image, shown, products, self._evidence(maps).mean(1))
 
     def _aligned(self, latents: Sequence[_Latent], product: Tensor, products: Tensor | None) -> Scores:
         distances = self._distances(latents, product)

@@ -6,12 +6,21 @@ vector is how far the nearest centres are, in the spread that is usual around th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
+from unispect.errors import ConfigError
+from unispect.nn.alignment import Alignment, finest, without_itself
 from unispect.nn.gaussian import Moments
+from unispect.nn.maps import blurred, top_mean, upsampled
 from unispect.nn.memory import Coreset, greedy
 from unispect.nn.neighbourhood import Neighbourhood
+from unispect.types import Scores
+
+Labelled: TypeAlias = tuple[Sequence[Tensor], Tensor, Tensor]  # vectors of each level, products, folds
 
 POOL = 32  # channels of the random projection in which centres are chosen
 
@@ -125,3 +134,121 @@ class Crowds(nn.Module):
     def _distance(self, part: Neighbourhood, vectors: Tensor) -> Tensor:
         distance: Tensor = part(vectors, self.neighbours, self.support)
         return distance
+
+
+class Nearest(nn.Module):
+    """Images judged by how far their vectors are from the nearest centres of a product, every place at its own scale.
+
+    shapes        (C, h, w) of each level
+    crowd         centres of a product: as many as this number of images has vectors
+    max_centres   of a level, all products together; of many products each has an equal share
+    place_prior   images that the scale of a place must outvote to leave that of all places
+    statistics    images of a product at the most whose out-of-fold maps are kept for its scales
+    max_ram       MiB for the vectors that centres are chosen from, all products and levels together
+    top           share of the highest places that make the score of an image
+    map_side, sigma   side of the score map and its blur, pixels
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        products: int,
+        crowd: float,
+        max_centres: int,
+        folds: int,
+        place_prior: float,
+        statistics: int,
+        max_ram: float,
+        top: float,
+        map_side: int,
+        sigma: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        _check(products, crowd, max_centres, folds, place_prior, statistics)
+        self.grids, self.side = [shape[1:] for shape in shapes], finest(shapes)
+        self.place_prior, self.statistics, self.top = place_prior, statistics, top
+        self.map_side, self.sigma = map_side, sigma
+        most, share = max_centres // products, max_ram / len(shapes)
+        self.crowds = nn.ModuleList(
+            Crowds(channels, products, min(max(1, round(crowd * h * w)), most), folds, max_ram=share, seed=seed)
+            for channels, h, w in shapes
+        )
+        self.alignments = nn.ModuleList(Alignment(len(shapes), self.side) for _ in range(products))
+
+    def learn(self, passes: Callable[[], Iterable[Labelled]]) -> None:
+        """Centres of each product and, from the distances of images that had no part in them, all scales.
+
+        passes   vectors (N, h*w, C) of each level, products (N,) and folds (N,), batch by batch; three times the same
+        """
+        for vectors, product, fold in passes():
+            for crowd, level in zip(self._crowds(), vectors, strict=True):
+                crowd.measure(level, product, fold)
+        for vectors, product, fold in passes():
+            for crowd, level in zip(self._crowds(), vectors, strict=True):
+                crowd.collect(level, product, fold)
+        for crowd in self._crowds():
+            crowd.choose()
+        for y, maps in self._out_of_fold(passes()).items():
+            self._align(self._alignment(y), torch.stack(maps))
+        for crowd in self._crowds():
+            crowd.done()
+
+    def _out_of_fold(self, batches: Iterable[Labelled]) -> dict[int, list[Tensor]]:
+        """Maps (L, g, g) of each product's images, by the centres of the other folds."""
+        kept: dict[int, list[Tensor]] = {}
+        for vectors, product, fold in batches:
+            pairs = zip(self._crowds(), vectors, strict=True)
+            maps = self._maps([crowd.held_back(level, product, fold) for crowd, level in pairs])
+            for row, y in zip(maps, product.tolist(), strict=True):
+                if len(kept.setdefault(y, [])) < self.statistics:
+                    kept[y].append(row)
+        return kept
+
+    def _align(self, alignment: Alignment, maps: Tensor) -> None:
+        """Scales of a product from maps (n, L, g, g); each is measured with places whose scales leave it out."""
+        alignment.learn_places(maps, self.place_prior)
+        evidence = self._evidence(without_itself(maps, self.place_prior))
+        alignment.learn_members(evidence)
+        alignment.learn_sum(alignment.members(evidence).mean(1))
+
+    def forward(self, vectors: Sequence[Tensor], product: Tensor) -> Scores:
+        """Vectors (N, h*w, C) of each level and products (N,) -> scores with maps (N, side, side)."""
+        pairs = zip(self._crowds(), vectors, strict=True)
+        maps = self._maps([crowd(level, product) for crowd, level in pairs])
+        known = [self._alignment(y) for y in product.tolist()]
+        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
+        rows = zip(known, self._evidence(placed), strict=True)
+        image = torch.stack([alignment.sum(alignment.members(row).mean()) for alignment, row in rows])
+        # Scales of places tell whether an image is normal; within it they hide defects where products differ.
+        shown = torch.stack([alignment.whole(row).mean(0) for alignment, row in zip(known, maps, strict=True)])
+        shown = blurred(upsampled(shown, self.map_side, aligned=False), self.sigma)
+        return Scores(image, shown, unaligned=self._evidence(maps).mean(1))
+
+    def _crowds(self) -> list[Crowds]:
+        return [crowd for crowd in self.crowds if isinstance(crowd, Crowds)]
+
+    def _alignment(self, product: int) -> Alignment:
+        part = self.alignments[product]
+        assert isinstance(part, Alignment)
+        return part
+
+    def _maps(self, distances: Sequence[Tensor]) -> Tensor:
+        """Distances (N, h*w) of each level on one grid, (N, L, g, g)."""
+        pairs = zip(self.grids, distances, strict=True)
+        return torch.stack([upsampled(part.unflatten(1, grid), self.side, aligned=False) for grid, part in pairs], 1)
+
+    def _evidence(self, maps: Tensor) -> Tensor:
+        """Highest places of each level, (N, L, g, g) -> (N, L)."""
+        highest: Tensor = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
+        return highest
+
+
+def _check(products: int, crowd: float, max_centres: int, folds: int, place_prior: float, statistics: int) -> None:
+    if max_centres < products:
+        raise ConfigError(f"max_centres: got {max_centres}, expected one for each of {products} products")
+    for name, (value, least) in {"folds": (folds, 2), "statistics": (statistics, 1)}.items():
+        if value < least:
+            raise ConfigError(f"{name}: got {value}, expected at least {least}")
+    if not crowd > 0 or not place_prior >= 0:
+        raise ConfigError(f"crowd={crowd}, place_prior={place_prior}: expected a number above 0 and one from 0 on")
