@@ -115,6 +115,17 @@ def test_a_damaged_model_is_an_error(inspector: Inspector, tmp_path: Path, name:
         Inspector.load(tmp_path / "m")
 
 
+def test_a_model_of_another_version_is_an_error(
+    inspector: Inspector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"old.{name}": value for name, value in inspector.detector.state_dict().items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(inspector.detector, "state_dict", lambda: state)
+        inspector.save(tmp_path / "m")
+    with pytest.raises(StoreError, match=r"saved by another version, fit it again"):
+        Inspector.load(tmp_path / "m")
+
+
 def test_a_model_of_other_weights_is_an_error(inspector: Inspector, tmp_path: Path) -> None:
     facts = {**inspector.facts, "features": "0" * 64}
     other = Inspector(

@@ -370,7 +370,13 @@ class Inspector:
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
         detector = build(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
-        detector.load_state_dict(unpack_tensors(files["weights.safetensors"]))
+        try:
+            detector.load_state_dict(unpack_tensors(files["weights.safetensors"]))
+        except RuntimeError as error:
+            raise StoreError(
+                f"{path}: the weights are not those of method {config['method']!r} in this version of unispect: "
+                "the model was saved by another version, fit it again"
+            ) from error
         calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
         return cls(config, about["products"], eyes, detector, calibration, split, about["facts"])
