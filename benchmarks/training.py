@@ -725,7 +725,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=0, help="at most so many normal images of a product; 0: all")
     parser.add_argument("--blocks", type=int, default=PUBLISHED["blocks"])
     parser.add_argument("--position", type=int, default=PUBLISHED["position"])
-    parser.add_argument("--passes", type=float, default=2.0, help="of the naive loop")
+    parser.add_argument("--passes", type=float, default=4.0, help="of the naive loop")
     parser.add_argument("--steps", type=int, default=20, help="of our loop with a Gaussian start")
     parser.add_argument("--window", type=int, default=4, help="steps of a timed window")
     parser.add_argument("--repeats", type=int, default=5, help="windows of a row")
