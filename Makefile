@@ -32,8 +32,8 @@ types: $(READY)  ## mypy, strict
 
 check: lint types test  ## everything CI checks
 
-bench: $(READY)  ## measure again what benchmarks/results holds; real products from REALDATA=../shared/realdata, one grid with GRID=NAME
-	$(BIN)/python benchmarks/run.py $(if $(REALDATA),--realdata $(REALDATA)) $(if $(GRID),--grid $(GRID))
+bench: $(READY)  ## measure again what benchmarks/results holds; REALDATA=../shared/realdata, GRID=NAME, JOBS=N at once, WORK=DIR to go on in
+	$(BIN)/python benchmarks/run.py $(if $(REALDATA),--realdata $(REALDATA)) $(if $(GRID),--grid $(GRID)) $(if $(JOBS),--jobs $(JOBS)) $(if $(WORK),--work $(WORK))
 
 lock: $(READY)  ## pin the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile --quiet --all-extras --no-emit-index-url --no-emit-find-links --no-header --upgrade pyproject.toml -o requirements.lock

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unispect.benchmark import _environment
+from unispect.benchmark import environment
 from unispect.detectors.base import StatisticalDetector
 from unispect.detectors.methods import build
 from unispect.fit import Labelled, learn
@@ -76,7 +76,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(measure(sys.argv[1], int(sys.argv[2])))
         return
-    about = _environment()
+    about = environment()
     lines = ["# Peak memory of learning over the number of images", "", "Command: `python benchmarks/memory.py`", ""]
     lines += [f"{about['machine']}; {about['versions']}", "", "MiB beyond what the process held before:", ""]
     lines += [

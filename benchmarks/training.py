@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unispect.benchmark import _environment
+from unispect.benchmark import environment
 from unispect.data.datasets import read_data
 from unispect.data.loader import Loader, Preparation
 from unispect.data.records import Record, split_normals
@@ -38,7 +38,7 @@ from unispect.detectors.hgad import HGAD, Level
 from unispect.features.cache import FeatureCache, FeatureSet
 from unispect.features.engine import Engine
 from unispect.features.weights import empty_network, load_backbone_weights
-from unispect.fit import Labelled, _set_precision, fit, learning_rate
+from unispect.fit import Labelled, fit, learning_rate, set_precision
 from unispect.inspector import FeatureSettings
 from unispect.nn.coupling import CouplingBlock
 from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, smoothed
@@ -609,7 +609,7 @@ def measure_rate(
             torch.autograd.backward(loss(number, vectors, places, product, 0.5)["total"])
             adams[number].step()
 
-    _set_precision(detector, "bf16" if precision == "bf16" else "f32")
+    set_precision(detector, "bf16" if precision == "bf16" else "f32")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     seconds = statistics.median(_windows(step, device, repeats, steps))
@@ -756,7 +756,7 @@ def page(chosen: argparse.Namespace) -> list[str]:
 
 def heading(chosen: argparse.Namespace) -> list[str]:
     """What was run, where and on what."""
-    about = _environment()
+    about = environment()
     given = " ".join(sys.argv[1:])
     size = f"{chosen.backbone}, blocks.{chosen.stage}, {chosen.size} px at scales {', '.join(map(str, SCALES))}"
     flow = f"{chosen.blocks} blocks, {chosen.position} channels of position, {PUBLISHED['centres']} centres"

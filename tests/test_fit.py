@@ -1,7 +1,7 @@
 """The loop: its schedule, what it keeps, and that a run which was stopped ends like one which was not."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,44 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from planted import labelled
 from unispect.detectors.base import Recipe
 from unispect.detectors.hgad import HGAD
 from unispect.errors import ConfigError, StoreError, UnispectError
 from unispect.fit import History, Labelled, Sampler, fit, learning_rate, quotas
-from unispect.types import Features
 
 SHAPES = [(8, 4, 4), (6, 2, 2), (5, 1, 1)]
 RECIPE = Recipe(steps=9, images=8, places=1, checks=3, patience=9, learning_rate=1e-3)
 PUBLISHED = Recipe(learning_rate=2e-4)
 
 
-class Planted:
-    """Features of three products in memory, standing in for a FeatureSet."""
-
-    def __init__(self, images: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.shapes = SHAPES
-        self.product = torch.arange(images) % 3
-        self.levels = [
-            2 * self.product[:, None, None, None] + torch.randn(images, *shape, generator=generator) for shape in SHAPES
-        ]
-
-    def __len__(self) -> int:
-        return len(self.product)
-
-    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
-        vectors = self.levels[level].flatten(2).mT
-        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
-
-    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Features]]:
-        for start in range(0, len(self), size):
-            part = [level[start : start + size] for level in self.levels]
-            yield np.arange(start, start + len(part[0])), part
-
-
 def planted(images: int, seed: int) -> Labelled:
-    features = Planted(images, seed)
-    return Labelled(features, features.product.numpy())  # type: ignore[arg-type]
+    """Three products."""
+    generator = torch.Generator().manual_seed(seed)
+    product = torch.arange(images) % 3
+    levels = [2 * product[:, None, None, None] + torch.randn(images, *shape, generator=generator) for shape in SHAPES]
+    return labelled(levels, product.numpy())
 
 
 TRAIN, HELD_OUT = planted(30, 1), planted(12, 2)

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from planted import labelled
 from unispect.data.factory import write_products
 from unispect.detectors.base import Recipe
 from unispect.detectors.hgad import HGAD
 from unispect.features.pyramid import PyramidExtractor
-from unispect.fit import Labelled, Sampler, _set_precision, fit
-from unispect.types import Features
+from unispect.fit import Labelled, Sampler, fit, set_precision
 
 SHAPES = [(9, 4, 4), (6, 2, 2)]
 PRODUCTS = 3
@@ -45,28 +44,6 @@ def loaded() -> ModuleType:
 speed = loaded()
 
 
-class Planted:
-    """Features of three products in memory, standing in for a FeatureSet."""
-
-    def __init__(self, images: int, dtype: torch.dtype = torch.float64) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.shapes, self.product = SHAPES, torch.arange(images) % PRODUCTS
-        drawn = [torch.randn(images, *shape, generator=generator) for shape in SHAPES]
-        self.levels = [(self.product[:, None, None, None] + level).to(dtype) for level in drawn]
-
-    def __len__(self) -> int:
-        return len(self.product)
-
-    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
-        vectors = self.levels[level].flatten(2).mT
-        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
-
-    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Features]]:
-        for start in range(0, len(self), size):
-            part = [level[start : start + size] for level in self.levels]
-            yield np.arange(start, start + len(part[0])), part
-
-
 def published(dtype: torch.dtype = torch.float64) -> HGAD:
     """The published setting in small, with inside centres near enough to learn."""
     detector: HGAD = speed.Learning(SHAPES, PRODUCTS, **speed.PUBLISHED | TINY | {"delta_scale": 0.3})
@@ -81,8 +58,11 @@ def published(dtype: torch.dtype = torch.float64) -> HGAD:
 
 
 def data(dtype: torch.dtype = torch.float64, images: int = 10) -> Labelled:
-    features = Planted(images, dtype)
-    return Labelled(features, features.product.numpy())  # type: ignore[arg-type]
+    """Three products."""
+    generator = torch.Generator().manual_seed(5)
+    product = torch.arange(images) % PRODUCTS
+    drawn = [torch.randn(images, *shape, generator=generator) for shape in SHAPES]
+    return labelled([(product[:, None, None, None] + level).to(dtype) for level in drawn], product.numpy())
 
 
 def farthest(one: HGAD, other: HGAD) -> float:
@@ -204,9 +184,8 @@ def trained_in_small(recipe: Recipe, first_stage: float = 0.0) -> HGAD:
     """One level, one block and one product: compiling takes seconds for each."""
     changed = {"blocks": 1, "delta_scale": 0.3, "first_stage": first_stage}
     detector = speed.Learning(SHAPES[1:], 1, **speed.PUBLISHED | TINY | changed)
-    features = Planted(4, torch.float32)
-    features.shapes, features.levels = SHAPES[1:], features.levels[1:]
-    train = Labelled(features, np.zeros(4, np.int64))  # type: ignore[arg-type]
+    whole = data(torch.float32, images=4).features
+    train = labelled(whole.levels[1:], np.zeros(4, np.int64))  # type: ignore[attr-defined]
     fit(detector, train, train, recipe, seed=0)
     found: HGAD = detector
     return found
@@ -261,7 +240,7 @@ def test_training_in_bf16_stays_near_and_scores_are_in_single_precision() -> Non
 
 def gradient(precision: str) -> Tensor:
     detector, train = published(torch.float32), data(torch.float32)
-    _set_precision(detector, precision)
+    set_precision(detector, precision)
     found, places, product = Sampler(train, detector, RECIPE, seed=0).draw(0, 0)
     torch.autograd.backward(detector.loss(0, found, places, product, 0.5)["total"])
     return torch.cat([parameter.grad.flatten() for parameter in detector.level(0).flow.parameters()])  # type: ignore
@@ -289,7 +268,7 @@ class Reduced(TorchDispatchMode):
 def test_only_matrix_products_are_computed_in_bf16() -> None:
     """Forward and backward: exponentials, distances, logarithms and sums over channels, centres and vectors are not."""
     detector, train = published(torch.float32), data(torch.float32)
-    _set_precision(detector, "bf16")
+    set_precision(detector, "bf16")
     found, places, product = Sampler(train, detector, RECIPE, seed=0).draw(0, 0)
     with Reduced() as reduced:
         torch.autograd.backward(detector.loss(0, found, places, product, 0.5)["total"])

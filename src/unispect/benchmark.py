@@ -273,13 +273,13 @@ class _Processes:
     def __init__(self) -> None:
         self._lock, self._running, self.stopped = Lock(), set[subprocess.Popen[bytes]](), False
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    def run(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> int:
         """Exit code; what it says goes to a file."""
         with log.open("wb") as said:
             with self._lock:
                 if self.stopped:
                     return -1
-                process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(command, env=variables, stdout=said, stderr=subprocess.STDOUT)
                 self._running.add(process)
             code = process.wait()
         with self._lock:
@@ -308,8 +308,8 @@ def _run_cell(cell: Cell, out: Path, key: str, cores: list[int], processes: _Pro
     about = {"cell": asdict(cell), "key": key, "out": str(out.resolve()), "cores": cores, "parent": os.getpid()}
     job.write_text(json.dumps(about, indent=1), "utf-8")
     threads = str(len(cores))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    code = processes.run([sys.executable, "-m", "unispect.benchmark", str(job)], environment, log)
+    variables = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    code = processes.run([sys.executable, "-m", "unispect.benchmark", str(job)], variables, log)
     result = _read(target)
     if code == 0 and result is not None and result.get("key") == key:
         return result
@@ -341,7 +341,7 @@ def _failed(cell: Cell, error: str) -> Result:
         "status": "failed",
         "error": " ".join(error.split()),
         **empty,
-        "environment": _environment(),
+        "environment": environment(),
         "settings": cell.settings,
     }
 
@@ -445,7 +445,8 @@ def _measured(cell: Cell, out: Path) -> Result:
     measuring = time.perf_counter()
     evaluation = evaluate(inspector, records, cell.source.ignore_masks)
     done = time.perf_counter()
-    pace = _pace(inspector, [record for record in records if record.split == "test"][:: max(1, len(records) // TIMED)])
+    test = [record for record in records if record.split == "test"]
+    pace = _pace(inspector, test[:: max(1, len(test) // TIMED)])
     facts = provenance(inspector, f"unispect benchmark, cell {cell.name}")
     report = write_results(evaluation, folder, f"{cell.method} on {cell.data}, {cell.backbone}, seed {cell.seed}", facts)
     return {
@@ -463,7 +464,7 @@ def _measured(cell: Cell, out: Path) -> Result:
         "images": {role: len(getattr(inspector.split, role)) for role in ROLES} | {"computed": sum(computed.values())},
         "report": str(report.relative_to(out)),
         "scores": str(_write_scores(evaluation, folder / "scores.csv").relative_to(out)),
-        "environment": _environment(),
+        "environment": environment(),
         "dataset": cell.source.dataset or cell.data,
         "settings": cell.settings,
     }
@@ -511,7 +512,7 @@ def _write_scores(evaluation: Evaluation, path: Path) -> Path:
     return path
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Machine and versions that a figure belongs to."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []

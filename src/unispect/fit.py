@@ -260,7 +260,7 @@ class _Loop:
     def run(self, progress: Progress | None) -> None:
         """All remaining steps, then the best states back in place."""
         losses: dict[str, float] = {}
-        _set_precision(self.detector, self.recipe.precision)
+        set_precision(self.detector, self.recipe.precision)
         while self.step < self.steps and not all(self.history.stopped):
             for level in self.levels:
                 if not self.history.stopped[level]:
@@ -271,7 +271,7 @@ class _Loop:
                 self._save()
             if progress:
                 progress(self.step, self.steps, losses | self._latest())
-        _set_precision(self.detector, "f32")
+        set_precision(self.detector, "f32")
         if self.recipe.checks:
             self._restore()
 
@@ -376,7 +376,7 @@ class _Loop:
         return True
 
 
-def _set_precision(detector: GradientDetector, precision: str) -> None:
+def set_precision(detector: GradientDetector, precision: str) -> None:
     """Of the products inside the couplings, in training alone: scores are always computed in single precision."""
     for part in detector.modules():
         if isinstance(part, Flow):

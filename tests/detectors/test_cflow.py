@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from planted import labelled
 from unispect.detectors.base import Recipe
 from unispect.detectors.cflow import CFLOW
 from unispect.detectors.methods import build
 from unispect.errors import ConfigError
-from unispect.fit import Labelled, Sampler
+from unispect.fit import Sampler
 from unispect.inspector import complete
 from unispect.nn.maps import upsampled
 from unispect.nn.position import positional_encoding
@@ -136,24 +137,10 @@ def test_a_likely_vector_and_one_of_minus_a_million_are_safe() -> None:
     assert all(torch.isfinite(part).all() for part in torch.autograd.grad(total, made.parameter_groups(0)[0]))
 
 
-class Held:
-    """Features in memory, standing in for a FeatureSet."""
-
-    def __init__(self, levels: list[Tensor]) -> None:
-        self.levels = levels
-
-    def __len__(self) -> int:
-        return len(self.levels[0])
-
-    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
-        rows = self.levels[level].flatten(2).mT
-        return rows[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
-
-
 def test_a_step_uses_every_vector_at_most_once_and_at_its_place() -> None:
     levels = features(9)
     recipe = Recipe(images=8, places=0, vectors=10)
-    sampler = Sampler(Labelled(Held(levels), np.arange(9)), detector(), recipe, 0)  # type: ignore[arg-type]
+    sampler = Sampler(labelled(levels, np.arange(9)), detector(), recipe, 0)
     parts = list(sampler.parts(3, 0))
     assert [x.shape for x, _, _ in parts] == [(10, 1, 1, 6)] * 9  # 96 vectors: six are left over
     x = torch.cat([x.flatten(0, 2) for x, _, _ in parts])

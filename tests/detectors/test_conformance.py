@@ -1,17 +1,17 @@
 """What every detector keeps to, on planted features of three products. A new method adds a line to CASES."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from planted import labelled
 from unispect.detectors.base import Detector, GradientDetector, Recipe, StatisticalDetector
 from unispect.detectors.methods import METHODS, build, sections
 from unispect.fit import Labelled, fit, learn
@@ -79,26 +79,6 @@ SMALL = {
 every_case = pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{case.method}-{n}" for n, case in enumerate(CASES)])
 
 
-class Planted:
-    """Features of normal images in memory, standing in for a FeatureSet: (h*w, C) for each image and level."""
-
-    def __init__(self, levels: Features) -> None:
-        self.levels = levels
-        self.shapes = SHAPES
-
-    def __len__(self) -> int:
-        return len(self.levels[0])
-
-    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
-        vectors = self.levels[level].flatten(2).mT
-        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
-
-    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Features]]:
-        for start in range(0, len(self), size):
-            part = [level[start : start + size] for level in self.levels]
-            yield np.arange(start, start + len(part[0])), part
-
-
 def centres() -> Features:
     """Mean of each product at each place, (K, C, h, w) for each level."""
     world = torch.Generator().manual_seed(0)
@@ -135,9 +115,9 @@ def defective(count: int, seed: int, kind: str = "far") -> tuple[Features, Tenso
     return levels, place
 
 
-def labelled(count: int, seed: int) -> Labelled:
+def planted(count: int, seed: int) -> Labelled:
     levels, product = normal(count, seed)
-    return Labelled(Planted(levels), product.numpy())  # type: ignore[arg-type]
+    return labelled(levels, product.numpy())
 
 
 def empty(case: int, seed: int = 0) -> Detector:
@@ -152,10 +132,10 @@ def learnt(case: int, seed: int = 0) -> Detector:
     # Where the seed of the method alone decides, it is the one that changes; HGAD's start is left as it is.
     detector = empty(case, 0 if CASES[case].method == "hgad" else seed)
     if isinstance(detector, StatisticalDetector):
-        learn(detector, labelled(60, 1))
+        learn(detector, planted(60, 1))
     else:
         assert isinstance(detector, GradientDetector)
-        fit(detector, labelled(60, 1), labelled(24, 2), CASES[case].recipe, seed)
+        fit(detector, planted(60, 1), planted(24, 2), CASES[case].recipe, seed)
     return detector.eval()
 
 

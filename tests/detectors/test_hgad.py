@@ -13,6 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from planted import labelled
 from unispect.detectors.base import Recipe
 from unispect.detectors.hgad import HGAD, Level, cells, fused
 from unispect.errors import ConfigError
@@ -51,30 +52,12 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Drawn:
-    """Features of normal images of two products, standing in for a FeatureSet."""
-
-    def __init__(self, levels: list[Tensor]) -> None:
-        self.levels, self.shapes = levels, SMALL
-
-    def __len__(self) -> int:
-        return len(self.levels[0])
-
-    def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
-        vectors = self.levels[level].flatten(2).mT
-        return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
-
-    def batches(self, size: int) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        for start in range(0, len(self), size):
-            part = [level[start : start + size] for level in self.levels]
-            yield np.arange(start, start + len(part[0])), part
-
-
-def labelled(count: int, seed: int) -> Labelled:
+def planted(count: int, seed: int) -> Labelled:
+    """Normal images of two products."""
     product = np.arange(count) % 2
     shift = 3 * torch.from_numpy(product).float()[:, None, None, None]
     levels = [(draw(count, *shape, seed=seed + n) + shift).float() for n, shape in enumerate(SMALL)]
-    return Labelled(Drawn(levels), product)  # type: ignore[arg-type]
+    return labelled(levels, product)
 
 
 @pytest.fixture
@@ -404,13 +387,13 @@ def test_noise_is_of_the_loss_alone() -> None:
 def crowded(**options: Any) -> tuple[HGAD, Labelled, Labelled]:
     torch.set_default_dtype(torch.float32)
     model = HGAD(SMALL, 2, blocks=1, position=4, map_side=8, sigma=0.5, top=0.1, **options)
-    return model, labelled(24, 1), labelled(8, 2)
+    return model, planted(24, 1), planted(8, 2)
 
 
 def test_nearest_scores_of_images_out_of_fold_have_their_tail_at_zero() -> None:
     model, train, held_out = crowded()
     fit(model, train, held_out, Recipe(steps=1), 0)
-    fresh = torch.cat([model(levels).image for levels, _ in labelled(200, 3).batches()()])
+    fresh = torch.cat([model(levels).image for levels, _ in planted(200, 3).batches()()])
     assert 0.85 < float((fresh < 0).float().mean()) < 1  # 95 % of few images
     learnt = torch.cat([model(levels).image for levels, _ in train.batches()()])
     assert float(learnt.median()) < float(fresh.median()) - 0.5  # so scales from learnt images would have been wrong
@@ -441,7 +424,7 @@ def test_units_stay_in_one_fold() -> None:
 def test_a_defect_is_far_from_all_centres_and_shows_where_it_is() -> None:
     model, train, held_out = crowded()
     fit(model, train, held_out, Recipe(steps=1), 0)
-    levels, _ = next(iter(labelled(8, 4).batches()()))
+    levels, _ = next(iter(planted(8, 4).batches()()))
     spoilt = [level.clone() for level in levels]
     spoilt[0][:, :, 1, 2] += 6
     before, after = model(levels), model(spoilt)
