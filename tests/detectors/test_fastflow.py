@@ -206,7 +206,7 @@ def test_published_sizes() -> None:
 
 def test_settings_of_its_own_for_other_sections() -> None:
     table = complete({"method": "fastflow"})
-    assert table["features"]["layers"] == ["blocks.1", "blocks.2", "blocks.4"]
+    assert table["features"]["layers"] == ["blocks.3", "blocks.4"]
     assert (table["training"]["vectors"], table["training"]["learning_rate"]) == (0, 1e-3)
     assert build(table, SHAPES, 3)
 

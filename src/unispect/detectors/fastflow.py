@@ -68,13 +68,13 @@ class FastFlow(GradientDetector):
                       false
     map_side          side of the score map, pixels; there is no blur, as published
 
-    Published training: 500 passes in steps of 32 images, Adam with 1e-3, decay 1e-5, no schedule. Here 100 steps, with the
-    schedule that every flow here has.
+    Published training: 500 passes in steps of 32 images, Adam with 1e-3, decay 1e-5, no schedule. Here 400 steps of 8
+    images, with the schedule that every flow here has.
     """
 
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "features": {"layers": ["blocks.1", "blocks.2", "blocks.4"], "pooled": []},
-        "training": {"steps": 100, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "decay": 1e-5},
+        "features": {"layers": ["blocks.3", "blocks.4"], "pooled": []},
+        "training": {"images": 8, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "decay": 1e-5},
     }
 
     def __init__(
