@@ -226,8 +226,10 @@ class Stepper:
         self.own = [self._adam(level) for level in groups]
 
     def _groups(self, level: int) -> list[dict[str, Any]]:
-        decayed, free = self.detector.parameter_groups(level)
-        return [{"params": decayed, "weight_decay": self.recipe.decay}, {"params": free, "weight_decay": 0.0}]
+        return [
+            {"params": list(group.parameters), "weight_decay": self.recipe.decay if group.decayed else 0.0}
+            for group in self.detector.groups(level)
+        ]
 
     def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
         return torch.optim.Adam(groups, lr=0.0, betas=(self.recipe.beta1, self.recipe.beta2))

@@ -1,6 +1,6 @@
 """Features in memory, standing in for a FeatureSet."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ class Planted:
     def gather(self, level: int, images: np.ndarray, places: np.ndarray) -> Tensor:
         vectors = self.levels[level].flatten(2).mT
         return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
+
+    def stacked(self, images: Iterable[int]) -> Features:
+        return [level[list(images)] for level in self.levels]
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, Features]]:
         for start in range(0, len(self), size):

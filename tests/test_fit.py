@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,28 @@ def test_warm_up_is_a_straight_line() -> None:
     assert np.allclose(np.diff(rates), (rates[80] - 2e-5) / 80, rtol=1e-9, atol=0)
 
 
+def test_drops_of_a_constant_rate() -> None:
+    recipe = Recipe(learning_rate=1e-4, schedule="drop", drops=(0.8, 0.9), drop=0.2)
+    rates = [learning_rate(progress, recipe) for progress in (0.0, 0.4, 0.79, 0.8, 0.89, 0.9, 0.99)]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 2e-5, 2e-5, 4e-6, 4e-6])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rule": "adamx"}, r"rule.*'adamx'.*adam, adamw"),
+        ({"schedule": "step"}, r"schedule.*'step'.*cosine, drop"),
+        ({"drops": (0.8, 1.0)}, r"drops=\[0\.8, 1\.0\]"),
+        ({"drop": 0.0}, r"drop=0\.0: expected .* above 0"),
+        ({"clip": -1.0}, r"clip: got -1\.0"),
+        ({"epsilon": 0.0}, r"epsilon: got 0\.0"),
+    ],
+)
+def test_a_recipe_says_what_is_wrong_with_it(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Recipe(**wrong)
+
+
 # What a step sees
 
 
@@ -150,7 +173,7 @@ def test_balance_evens_out_the_products(balance: float, shares: list[int]) -> No
     for turn in range(2):
         drawn = torch.cat([sampler.draw(3 * turn + part, 0)[2] for part in range(3)])
         assert drawn.bincount().tolist() == shares
-    order = sampler._order(np.random.default_rng(1))
+    order = np.concatenate([sampler.images(3 + part) for part in range(3)])
     for y in range(3):  # no image twice before every other of its product came
         times = np.bincount(order, minlength=30)[product == y]
         assert times.max() - times.min() <= 1

@@ -837,6 +837,18 @@ PAPERS = {
   note = {arXiv:2107.12571}
 }""",
     ),
+    "draem": Paper(
+        "DRAEM - a discriminatively trained reconstruction embedding for surface anomaly detection",
+        "https://arxiv.org/abs/2108.07610",
+        "draws the image anew as if it were good, and learns on planted defects to see what that changes",
+        """\
+@inproceedings{zavrtanik2021draem,
+  title = {{DRAEM} - A Discriminatively Trained Reconstruction Embedding for Surface Anomaly Detection},
+  author = {Zavrtanik, Vitjan and Kristan, Matej and Sko{\\v{c}}aj, Danijel},
+  booktitle = {IEEE/CVF International Conference on Computer Vision},
+  year = {2021}
+}""",
+    ),
     "ensemble": Paper(
         "Stacked generalization (the idea of learning from scores out of fold; the detector is unispect's own)",
         "https://doi.org/10.1016/S0893-6080(05)80023-1",
@@ -916,6 +928,19 @@ PAPERS = {
   note = {arXiv:2106.08265}
 }""",
     ),
+    "revdist": Paper(
+        "Anomaly Detection via Reverse Distillation from One-Class Embedding",
+        "https://arxiv.org/abs/2201.10703",
+        "what a decoder, learnt on good images of all products, cannot give back of a frozen network's features",
+        """\
+@inproceedings{deng2022anomaly,
+  title = {Anomaly Detection via Reverse Distillation from One-Class Embedding},
+  author = {Deng, Hanqiu and Li, Xingyu},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2022},
+  note = {arXiv:2201.10703}
+}""",
+    ),
     "spade": Paper(
         "Sub-image anomaly detection with deep pyramid correspondences",
         "https://arxiv.org/abs/2005.02357",
@@ -926,6 +951,19 @@ PAPERS = {
   author = {Cohen, Niv and Hoshen, Yedid},
   year = {2020},
   note = {arXiv:2005.02357}
+}""",
+    ),
+    "uniad": Paper(
+        "A unified model for multi-class anomaly detection",
+        "https://arxiv.org/abs/2206.03687",
+        "how far a transformer, whose places may not look at their neighbours, is from putting the features together again",
+        """\
+@inproceedings{you2022unified,
+  title = {A Unified Model for Multi-class Anomaly Detection},
+  author = {You, Zhiyuan and Cui, Lei and Shen, Yujun and Yang, Kai and Lu, Xin and Zheng, Yu and Le, Xinyi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2022},
+  note = {arXiv:2206.03687}
 }""",
     ),
 }

@@ -17,11 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unispect.detectors.base import DealsFolds, GradientDetector, Pass, Recipe, StatisticalDetector
-from unispect.errors import UnispectError
+from unispect.detectors.base import (
+    DealsFolds,
+    GradientDetector,
+    ImageDetector,
+    Pass,
+    Recipe,
+    StatisticalDetector,
+    VectorDetector,
+)
+from unispect.errors import ConfigError, UnispectError
 from unispect.features.cache import FeatureSet
 from unispect.nn.coupling import Flow
 from unispect.store import read_checkpoint, write_checkpoint
+from unispect.types import Features
 
 BATCH = 16  # images in a pass for statistics
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -63,10 +72,13 @@ class History:
 
 
 def learning_rate(progress: float, recipe: Recipe) -> float:
-    """Cosine in `stairs` steps down to a thousandth; over the first two a linear warm-up from a tenth.
+    """Cosine in `stairs` steps down to a thousandth; over the first two a linear warm-up from a tenth. Or, under "drop",
+    constant but for its drops.
 
     progress   share of the steps already made, in [0, 1)
     """
+    if recipe.schedule == "drop":
+        return recipe.learning_rate * recipe.drop ** sum(progress >= share for share in recipe.drops)
     floor, warm = recipe.learning_rate * 1e-3, 2 / recipe.stairs
     if progress < warm:
         goal = _cosine(warm, recipe.learning_rate, floor)
@@ -78,23 +90,24 @@ def _cosine(progress: float, highest: float, lowest: float) -> float:
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Sampler:
-    """Vectors of a step: images without replacement within a pass, places of each at random in each cell."""
+class ImageSampler:
+    """Images of a step, without replacement within a pass."""
 
-    def __init__(self, data: Labelled, detector: GradientDetector, recipe: Recipe, seed: int) -> None:
+    def __init__(self, data: Labelled, recipe: Recipe, seed: int) -> None:
         self.data, self.recipe, self.seed = data, recipe, seed
-        self.grids = [detector.grid(number) for number in range(len(detector.levels))]
-        self.images = min(recipe.images, len(data.features))
-        self.per_pass = max(1, len(data.features) // self.images)
+        self.count = min(recipe.images, len(data.features))
+        self.per_pass = max(1, len(data.features) // self.count)
 
-    def draw(self, step: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (m, c, q, C), places (m, c, q) and products (m,)."""
+    def images(self, step: int) -> np.ndarray:
+        """Numbers of the images of a step, (m,)."""
         turn, place = divmod(step, self.per_pass)
         order = self._order(np.random.default_rng((self.seed, turn)))
-        images = order[place * self.images : (place + 1) * self.images]
-        places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level], len(images))
-        found, product = vectors(self.data, level, images, places)
-        return found, places, product
+        return order[place * self.count : (place + 1) * self.count]
+
+    def draw(self, step: int) -> tuple[Features, Tensor]:
+        """L levels (m, C, h, w) and products (m,)."""
+        images = self.images(step)
+        return self.data.features.stacked(images.tolist()), torch.from_numpy(self.data.product[images])
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
         """Images of a pass; with balance those of small products come several times, of large ones not all."""
@@ -108,6 +121,22 @@ class Sampler:
             turns = [generator.permutation(own) for _ in range(-(-quota // len(own)))]
             chosen.append(np.concatenate([*turns, own[:0]])[:quota])
         return generator.permutation(np.concatenate(chosen))
+
+
+class Sampler:
+    """Vectors of a step: those of an ImageSampler's images, places of each at random in each cell."""
+
+    def __init__(self, data: Labelled, detector: VectorDetector, recipe: Recipe, seed: int) -> None:
+        self.data, self.recipe, self.seed = data, recipe, seed
+        self.grids = [detector.grid(number) for number in range(len(detector.levels))]
+        self.images = ImageSampler(data, recipe, seed).images
+
+    def draw(self, step: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (m, c, q, C), places (m, c, q) and products (m,)."""
+        images = self.images(step)
+        places = self._places(np.random.default_rng((self.seed, step, level, 1)), self.grids[level], len(images))
+        found, product = vectors(self.data, level, images, places)
+        return found, places, product
 
     def parts(self, step: int, level: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What the optimizer steps of a step see, as `draw` gives it; where a recipe asks for so many vectors at a time,
@@ -225,8 +254,10 @@ class _Loop:
     ) -> None:
         self.detector, self.held_out, self.recipe, self.watch = detector, held_out, recipe, watch
         self.checkpoint, self.identity = checkpoint, identity
-        self.sampler = Sampler(train, detector, recipe, seed)
-        self.loss = torch.compile(detector.loss, dynamic=False) if recipe.compile else detector.loss
+        self.seed, self.lessons = seed, _lessons(detector, train, held_out, recipe, seed)
+        self.loss: Callable[..., dict[str, Tensor]] = self.lessons.loss
+        if recipe.compile:
+            self.loss = torch.compile(self.loss, dynamic=False)
         self.steps = recipe.total(len(train.features))
         self.every = max(1, math.ceil(self.steps / recipe.checks)) if recipe.checks else self.steps + 1
         self.optimizers = self._optimizers()
@@ -235,18 +266,29 @@ class _Loop:
         self.history, self.step = History(), 0
 
     def _optimizers(self) -> list[torch.optim.Adam]:
-        groups = [self._groups(level) for level in range(len(self.detector.levels))]
+        groups = [self._grouped(level) for level in range(len(self.detector.levels))]
         if self.recipe.optimizer == "shared":
             shared = self._adam([group for level in groups for group in level])
             return [shared] * len(groups)
         return [self._adam(level) for level in groups]
 
-    def _groups(self, level: int) -> list[dict[str, Any]]:
-        decayed, free = self.detector.parameter_groups(level)
-        return [{"params": decayed, "weight_decay": self.recipe.decay}, {"params": free, "weight_decay": 0.0}]
+    def _grouped(self, level: int) -> list[dict[str, Any]]:
+        decay = self.recipe.decay
+        return [
+            {"params": list(group.parameters), "weight_decay": decay if group.decayed else 0.0, "pace": group.pace}
+            for group in self.detector.groups(level)
+        ]
 
     def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
-        return torch.optim.Adam(groups, lr=0.0, betas=(self.recipe.beta1, self.recipe.beta2))
+        recipe = self.recipe
+        return torch.optim.Adam(
+            groups,
+            lr=0.0,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            amsgrad=recipe.amsgrad,
+            decoupled_weight_decay=recipe.rule == "adamw",
+        )
 
     def begin(self) -> None:
         """Look at the state before any step: nothing worse than it is ever kept."""
@@ -279,23 +321,28 @@ class _Loop:
         """One step on one level: one optimizer step, or one for each part of its vectors."""
         optimizer, done = self.optimizers[level], self.step / self.steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done, self.recipe)
+            group["lr"] = learning_rate(done, self.recipe) * group["pace"]
         losses: dict[str, Tensor] = {}
         # One number a stage: a compiled loss is compiled anew for every other.
         stage = max((share for share in self.detector.stages if share <= done), default=0.0)
         with self._random(level):
-            for found, places, product in self.sampler.parts(self.step, level):
+            for lesson in self.lessons.of(self.step, level):
                 optimizer.zero_grad(set_to_none=self.recipe.optimizer == "per_level")
-                losses = self.loss(level, found, places, product, stage)
+                losses = self.loss(*lesson, stage)
                 torch.autograd.backward(losses["total"])
+                self._clip(optimizer)
                 optimizer.step()
         return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _clip(self, optimizer: torch.optim.Adam) -> None:
+        if self.recipe.clip:
+            parameters = [value for group in optimizer.param_groups for value in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
 
     @contextmanager
     def _random(self, level: int) -> Iterator[None]:
         """Noise and dropout, where a detector has them, depend on seed, step and level alone; elsewhere there are none."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.default_rng((self.sampler.seed, self.step, level, 3)).integers(2**63)))
+        with _seeded(self.seed, self.step, level, 3):
             self.detector.train()
             yield
             self.detector.eval()
@@ -322,16 +369,12 @@ class _Loop:
             self.watch(self.step, self.detector)
 
     def _held_out_loss(self, level: int) -> float:
-        """Over all places of at most `held_out_images` images, evenly taken."""
+        """Over at most `held_out_images` images, evenly taken. What is drawn (planted defects) is the same every time."""
         count = len(self.held_out.features)
         images = np.unique(np.linspace(0, count - 1, min(count, self.recipe.held_out_images)).astype(np.int64))
-        total = 0.0
-        for start in range(0, len(images), BATCH):
-            part = images[start : start + BATCH]
-            places = self.sampler.grids[level].expand(len(part), -1, -1)
-            found, product = vectors(self.held_out, level, part, places)
-            total += float(self.detector.held_out_loss(level, found, places, product)) * len(part)
-        loss = total / len(images)
+        with _seeded(self.seed, level, 4):
+            parts = np.split(images, range(BATCH, len(images), BATCH))
+            loss = sum(self.lessons.held_out_loss(level, part) * len(part) for part in parts) / len(images)
         return loss if math.isfinite(loss) else math.inf
 
     def _remember(self, level: int) -> None:
@@ -374,6 +417,64 @@ class _Loop:
             _fill(optimizer, _below(tensors, f"adam.{number}."))
         self.step, self.history = meta["step"], History(**meta["history"])
         return True
+
+
+class _VectorLessons:
+    """What a detector of vectors learns from."""
+
+    def __init__(self, detector: VectorDetector, train: Labelled, held_out: Labelled, recipe: Recipe, seed: int) -> None:
+        self.detector, self.held_out, self.loss = detector, held_out, detector.loss
+        self.sampler = Sampler(train, detector, recipe, seed)
+
+    def of(self, step: int, level: int) -> Iterator[tuple[Any, ...]]:
+        """What the losses of the optimizer steps of a step are given."""
+        for part in self.sampler.parts(step, level):
+            yield level, *part
+
+    def held_out_loss(self, level: int, images: np.ndarray) -> float:
+        """Over all places of some held-out images."""
+        places = self.sampler.grids[level].expand(len(images), -1, -1)
+        found, product = vectors(self.held_out, level, images, places)
+        return float(self.detector.held_out_loss(level, found, places, product))
+
+
+class _ImageLessons:
+    """What a detector of whole images learns from."""
+
+    def __init__(self, detector: ImageDetector, train: Labelled, held_out: Labelled, recipe: Recipe, seed: int) -> None:
+        self.detector, self.held_out, self.loss = detector, held_out, detector.loss
+        self.sampler = ImageSampler(train, recipe, seed)
+
+    def of(self, step: int, level: int) -> Iterator[tuple[Any, ...]]:
+        """What the loss of the optimizer step of a step is given."""
+        yield self.sampler.draw(step)
+
+    def held_out_loss(self, level: int, images: np.ndarray) -> float:
+        """Over some held-out images."""
+        product = torch.from_numpy(self.held_out.product[images])
+        return float(self.detector.held_out_loss(self.held_out.features.stacked(images.tolist()), product))
+
+
+def _lessons(
+    detector: GradientDetector, train: Labelled, held_out: Labelled, recipe: Recipe, seed: int
+) -> _VectorLessons | _ImageLessons:
+    if isinstance(detector, ImageDetector):
+        if recipe.places != Recipe().places or recipe.vectors:
+            raise ConfigError(
+                f"training.places={recipe.places}, training.vectors={recipe.vectors}: {type(detector).__name__} learns from "
+                "whole images, leave both out"
+            )
+        return _ImageLessons(detector, train, held_out, recipe, seed)
+    assert isinstance(detector, VectorDetector)
+    return _VectorLessons(detector, train, held_out, recipe, seed)
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """What torch draws inside depends on the numbers alone, and what it draws afterwards not on the inside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.default_rng(numbers).integers(2**63)))
+        yield
 
 
 def set_precision(detector: GradientDetector, precision: str) -> None:

@@ -29,6 +29,7 @@ from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
 from unispect.features.cache import FeatureCache, FeatureSet
 from unispect.features.engine import Engine, engine
+from unispect.features.pixels import PixelExtractor
 from unispect.features.pyramid import PyramidExtractor
 from unispect.fit import History, Labelled, Watch, fit, learn
 from unispect.metrics.regions import regions
@@ -45,7 +46,10 @@ Source = Path | str | np.ndarray | Image.Image
 
 @dataclass(frozen=True, slots=True)
 class FeatureSettings:
-    """Which frozen network looks at the images, and how (see features.pyramid and features.engine)."""
+    """Which frozen network looks at the images, and how (see features.pyramid and features.engine).
+
+    With the backbone "pixels" it is none: the image itself is the one level, in torch.
+    """
 
     backbone: str = "tf_efficientnet_lite0"
     layers: tuple[str, ...] = ("blocks.3", "blocks.4")
@@ -59,10 +63,23 @@ class FeatureSettings:
 
     def build(self) -> Engine:
         """The network, ready to run."""
+        if self.backbone == "pixels":
+            return self._pixels()
         extractor = PyramidExtractor(
             self.backbone, self.layers, self.scales, self.pooled, self.weights, self.joined, self.padding
         )
         return engine(extractor, self.engine, self.precision)
+
+    def _pixels(self) -> Engine:
+        needed = asdict(FeatureSettings("pixels", layers=(), pooled=(), engine=self.engine))
+        for name, value in asdict(self).items():
+            if value != needed[name]:
+                raise ConfigError(
+                    f"features.{name}={_shown(value)}: backbone='pixels' has no network, expected {_shown(needed[name])}"
+                )
+        if self.engine == "openvino":
+            raise ConfigError("features.engine='openvino': backbone='pixels' has no network, expected 'auto' or 'torch'")
+        return engine(PixelExtractor(), "torch" if self.engine == "auto" else self.engine, self.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -761,6 +778,10 @@ class _Fit:
     def _identity(self, split: Split, eyes: Engine) -> str:
         about = {"config": self.config, "split": split.as_dict(), "features": eyes.fingerprint}
         return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 def _learning(facts: Mapping[str, Any]) -> str:

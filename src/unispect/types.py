@@ -39,12 +39,15 @@ class Scores:
     maps       (N, h, w) a score for each place
     products   (N, K) log-probability of each known product given the image, or None
     unaligned  (N,) the image scores before products were brought to one scale, or None where nothing aligns them
+    context    (N, C, h, w) the narrowest layer of a detector that has one, which tells an aligner what the image shows; or
+               None
     """
 
     image: Tensor
     maps: Tensor
     products: Tensor | None = None
     unaligned: Tensor | None = None
+    context: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def test_the_loss_is_the_literal_formula() -> None:
 
 def test_a_vector_weighs_one_minus_the_sigmoid_of_its_likelihood() -> None:
     made, x, places = detector(), draw(12, 6), torch.arange(12)
-    parameters = made.parameter_groups(0)[0]
+    parameters = made.groups(0)[0].parameters
     total = made.loss(0, x[:, None, None], places[:, None, None], places, 0.0)["total"]
     density = made.level(0).density(x, places)
     weighted = -((1 - density.detach().sigmoid()) * density).mean()
@@ -134,7 +134,7 @@ def test_a_likely_vector_and_one_of_minus_a_million_are_safe() -> None:
     x = torch.stack([draw(6), 1e6 * draw(6)])
     total = made.loss(0, x[:, None, None], torch.zeros(2, 1, 1, dtype=torch.int64), torch.zeros(2), 0.0)["total"]
     assert torch.isfinite(total)
-    assert all(torch.isfinite(part).all() for part in torch.autograd.grad(total, made.parameter_groups(0)[0]))
+    assert all(torch.isfinite(part).all() for part in torch.autograd.grad(total, made.groups(0)[0].parameters))
 
 
 def test_a_step_uses_every_vector_at_most_once_and_at_its_place() -> None:
@@ -216,7 +216,7 @@ def test_published_sizes() -> None:
     """Trainable numbers of the paper's decoders for Wide ResNet-50 (methods: 5.52, 17.07 and 59.05 million)."""
     with torch.device("meta"):
         made = CFLOW([(512, 32, 32), (1024, 16, 16), (2048, 8, 8)], 15)
-    sizes = [sum(value.numel() for value in made.parameter_groups(level)[0]) / 1e6 for level in range(3)]
+    sizes = [sum(value.numel() for value in made.groups(level)[0].parameters) / 1e6 for level in range(3)]
     assert sizes == pytest.approx([5.52, 17.07, 59.05], abs=0.01)
 
 

@@ -1,4 +1,4 @@
-"""What every detector keeps to, on planted features of three products. A new method adds a line to CASES."""
+"""What every detector keeps to, on planted features or images of three products. A new method adds a line to CASES."""
 
 import inspect
 from collections.abc import Callable
@@ -19,12 +19,17 @@ from unispect.inspector import complete
 from unispect.types import Features, Scores
 
 SHAPES = [(8, 4, 4), (12, 2, 2), (10, 1, 1)]
+IMAGE = (3, 32, 32)
 PRODUCTS = 3
 SIDE = 16
 SHORT = Recipe(steps=12, images=12, places=2, checks=3, learning_rate=1e-3)
 LONG = Recipe(steps=100, images=12, places=4, checks=2, learning_rate=1e-2)
 VECTORS = Recipe(steps=60, images=12, places=0, vectors=64, checks=2, learning_rate=5e-2)
 MAPS = Recipe(steps=40, images=12, checks=2, learning_rate=3e-3)
+IMAGES = Recipe(steps=300, images=20, checks=2, learning_rate=5e-3, schedule="drop")
+TOKENS = Recipe(steps=60, images=12, checks=2, learning_rate=3e-3, rule="adamw", clip=1.0, schedule="drop")
+WHOLE = Recipe(steps=140, images=24, checks=2, learning_rate=3e-3, beta1=0.9, beta2=0.999, decay=0.0, schedule="drop")
+NOISE = {"features": 1.0, "calm": 0.3}
 PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02}
 
 
@@ -32,13 +37,15 @@ PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02
 class Case:
     """A method, its options and training, and the defect that it should see: "far" from everything that is normal,
     half-way "between" two products, since HGAD's published score wants what is unlikely and of uncertain product, or as
-    far in every level, "large", since SPADE's image score looks at pooled levels only."""
+    far in every level, "large", since SPADE's image score looks at pooled levels only. Its world is one of "features", of
+    "calm" features with little noise for what learns to give them back, or of "pixels" for what looks at images itself."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = SHORT
     defect: str = "far"
     random: bool = True  # whether the seed has a say
+    world: str = "features"
 
 
 CASES = [
@@ -49,6 +56,7 @@ CASES = [
     Case("hgad", PUBLISHED | {"start": "published", "delta_scale": 1.0}, LONG),
     Case("cflow", recipe=VECTORS),
     Case("cflow", {"position": 0, "mixing": "permutation"}, VECTORS),
+    Case("draem", recipe=WHOLE, world="pixels"),
     Case("fastflow", recipe=MAPS),
     Case("fastflow", {"kernels": [3, 1], "ratio": 0.5, "affine": True, "per_dimension": True}, MAPS),
     Case("opca", random=False),
@@ -58,7 +66,11 @@ CASES = [
     Case("padim", {"dimension": 12}),
     Case("patchcore"),
     Case("patchcore", {"distance": "squared", "reweighting": "softmax"}),
+    Case("revdist", recipe=IMAGES, world="calm"),
+    Case("revdist", {"activation": "relu", "joined": "sum", "top": 0.0}, IMAGES, world="calm"),
     Case("spade", defect="large", random=False),
+    Case("uniad", recipe=TOKENS),
+    Case("uniad", {"map": "mean", "neighbourhood": 0, "jitter_probability": 0.5, "sigma": 1.0}, TOKENS),
     Case("neighbours"),
     Case("neighbours", {"whitening": 1.0, "neighbours": 1}),
     Case("ensemble"),
@@ -67,11 +79,23 @@ CASES = [
 SMALL = {
     "hgad": {"blocks": 2, "position": 8, "centres": 3, "map_side": SIDE, "sigma": 1.0},
     "cflow": {"blocks": 2, "position": 8, "map_side": SIDE},
+    "draem": {"width": 6, "segmentation_width": 6, "rotated": 0.0, "map_side": SIDE},
     "fastflow": {"blocks": 2, "map_side": SIDE},
     "opca": {"map_side": SIDE, "sigma": 1.0},
     "padim": {"map_side": SIDE, "sigma": 1.0},
     "patchcore": {"map_side": SIDE, "sigma": 1.0, "dimension": 32, "coreset": 0.5},
+    "revdist": {"map_side": SIDE, "sigma": 1.0, "depths": [1, 1]},
     "spade": {"map_side": SIDE, "sigma": 1.0},
+    "uniad": {
+        "grid": 4,
+        "width": 16,
+        "heads": 2,
+        "hidden": 32,
+        "layers": 2,
+        "neighbourhood": 3,
+        "image": 4,
+        "map_side": SIDE,
+    },
     "neighbours": {"map_side": SIDE, "sigma": 1.0, "bank_images": 12.5, "around": 10},
     "ensemble": {"map_side": SIDE, "sigma": 1.0},
 }
@@ -89,20 +113,30 @@ def centres() -> Features:
     ]
 
 
-def normal(count: int, seed: int) -> tuple[Features, Tensor]:
+def normal(count: int, seed: int, world: str = "features") -> tuple[Features, Tensor]:
+    """Normal images of a world, and the product of each."""
+    return pictures(count, seed) if world == "pixels" else normal_features(count, seed, NOISE[world])
+
+
+def normal_features(count: int, seed: int, spread: float) -> tuple[Features, Tensor]:
     """Each product has means that differ by place and correlations of its own."""
     world, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
     product, levels = torch.arange(count) % PRODUCTS, []
     for mean in centres():
         mixing = torch.eye(mean.shape[1]) + 0.2 * torch.randn(PRODUCTS, mean.shape[1], mean.shape[1], generator=world)
         drawn = torch.randn(count, *mean.shape[1:], generator=noise)
-        levels.append(mean[product] + torch.einsum("nde,nehw->ndhw", mixing[product], drawn))
+        levels.append(mean[product] + spread * torch.einsum("nde,nehw->ndhw", mixing[product], drawn))
     return levels, product
 
 
-def defective(count: int, seed: int, kind: str = "far") -> tuple[Features, Tensor]:
+def defective(count: int, seed: int, kind: str = "far", world: str = "features") -> tuple[Features, Tensor]:
+    """Normal images of a world with a defect, and its place on a 4 x 4 grid."""
+    return spotted(count, seed) if world == "pixels" else defective_features(count, seed, kind, NOISE[world])
+
+
+def defective_features(count: int, seed: int, kind: str, spread: float) -> tuple[Features, Tensor]:
     """Normal images with one bad place in each dense level, and that place of the 4 x 4 grid."""
-    levels, product = normal(count, seed)
+    levels, product = normal_features(count, seed, spread)
     place = torch.randint(16, (count,), generator=torch.Generator().manual_seed(seed))
     for level, mean in zip(levels[:2], centres(), strict=False):
         stride = 4 // level.shape[2]
@@ -115,31 +149,65 @@ def defective(count: int, seed: int, kind: str = "far") -> tuple[Features, Tenso
     return levels, place
 
 
-def planted(count: int, seed: int) -> Labelled:
-    levels, product = normal(count, seed)
+def pictures(count: int, seed: int) -> tuple[Features, Tensor]:
+    """Each product has stripes of its own width, direction and colours, never quite at the same place."""
+    noise = torch.Generator().manual_seed(seed)
+    product = torch.arange(count) % PRODUCTS
+    line = torch.arange(IMAGE[1]) / IMAGE[1]
+    along = torch.where((product == 1)[:, None, None], line[:, None], line)
+    shift, grain = torch.rand(count, 1, 1, generator=noise), torch.randn(count, *IMAGE, generator=noise)
+    wave = torch.sin(2 * torch.pi * ((2 + product)[:, None, None] * along + 0.2 * shift))
+    colours = torch.tensor([[0.5, 0.4, 0.3], [0.4, 0.5, 0.5], [0.6, 0.5, 0.4]])[product]
+    return [(colours[:, :, None, None] * (1 + 0.2 * wave[:, None]) + 0.02 * grain).clamp(0, 1)], product
+
+
+def spotted(count: int, seed: int) -> tuple[Features, Tensor]:
+    """Normal images with a bright or dark spot in a place of the 4 x 4 grid, and that place."""
+    (images,), _ = pictures(count, seed)
+    draws = torch.Generator().manual_seed(seed)
+    place, bright = (torch.randint(high, (count,), generator=draws) for high in (16, 2))
+    for image, where, light in zip(images, place.tolist(), bright.tolist(), strict=True):
+        top, left = 8 * (where // 4), 8 * (where % 4)
+        image[:, top : top + 8, left : left + 8] = 0.95 * light
+    return [images], place
+
+
+def planted(count: int, seed: int, world: str) -> Labelled:
+    levels, product = normal(count, seed, world)
     return labelled(levels, product.numpy())
 
 
 def empty(case: int, seed: int = 0) -> Detector:
     """The detector before it has learnt; members of an ensemble are small, too."""
     chosen = CASES[case]
+    shapes = [IMAGE] if chosen.world == "pixels" else SHAPES
     own = SMALL[chosen.method] | chosen.options
     given = {name: SMALL[name] for name in sections(chosen.method, own)} | {chosen.method: own}
-    return build(complete({"method": chosen.method, "seed": seed} | given), SHAPES, PRODUCTS)
+    return build(complete({"method": chosen.method, "seed": seed} | given), shapes, PRODUCTS)
 
 
 def learnt(case: int, seed: int = 0) -> Detector:
     # Where the seed of the method alone decides, it is the one that changes; HGAD's start is left as it is.
-    detector = empty(case, 0 if CASES[case].method == "hgad" else seed)
+    detector, world = empty(case, 0 if CASES[case].method == "hgad" else seed), CASES[case].world
     if isinstance(detector, StatisticalDetector):
-        learn(detector, planted(60, 1))
+        learn(detector, planted(60, 1, world))
     else:
         assert isinstance(detector, GradientDetector)
-        fit(detector, planted(60, 1), planted(24, 2), CASES[case].recipe, seed)
+        fit(detector, planted(60, 1, world), planted(24, 2, world), CASES[case].recipe, seed)
     return detector.eval()
 
 
 shared = lru_cache(maxsize=None)(learnt)  # for tests that only read
+
+
+def good(case: int, count: int, seed: int) -> tuple[Features, Tensor]:
+    """Normal images of the case's world, and the product of each."""
+    return normal(count, seed, CASES[case].world)
+
+
+def bad(case: int, count: int, seed: int) -> tuple[Features, Tensor]:
+    """Images with the case's defect, and its place."""
+    return defective(count, seed, CASES[case].defect, CASES[case].world)
 
 
 def fields(scores: Scores) -> dict[str, Tensor]:
@@ -159,7 +227,7 @@ def test_every_method_has_a_case() -> None:
 
 @every_case
 def test_shapes(case: int) -> None:
-    scores = shared(case)(normal(5, 3)[0])
+    scores = shared(case)(good(case, 5, 3)[0])
     assert scores.image.shape == (5,)
     assert scores.maps.shape == (5, SIDE, SIDE)
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in fields(scores).values())
@@ -170,14 +238,14 @@ def test_shapes(case: int) -> None:
 
 @every_case
 def test_higher_is_more_abnormal(case: int) -> None:
-    good, bad = shared(case)(normal(60, 4)[0]), shared(case)(defective(60, 5, CASES[case].defect)[0])
-    assert roc_auc_score([0] * 60 + [1] * 60, torch.cat([good.image, bad.image])) > 0.9
+    low, high = shared(case)(good(case, 60, 4)[0]), shared(case)(bad(case, 60, 5)[0])
+    assert roc_auc_score([0] * 60 + [1] * 60, torch.cat([low.image, high.image])) > 0.9
 
 
 @every_case
 def test_the_map_reacts_where_the_defect_is(case: int) -> None:
-    levels, place = defective(60, 5, CASES[case].defect)
-    change = shared(case)(levels).maps - shared(case)(normal(60, 5)[0]).maps
+    levels, place = bad(case, 60, 5)
+    change = shared(case)(levels).maps - shared(case)(good(case, 60, 5)[0]).maps
     # Aligned corners put the places of a 4 x 4 grid at 0, 5, 10 and 15 of 16.
     near = torch.arange(SIDE).sub(5 * (place // 4)[:, None]).abs()[:, :, None] <= 5
     near = near & (torch.arange(SIDE).sub(5 * (place % 4)[:, None]).abs()[:, None, :] <= 5)
@@ -188,7 +256,7 @@ def test_the_map_reacts_where_the_defect_is(case: int) -> None:
 
 @every_case
 def test_an_image_scores_the_same_alone_and_among_others(case: int) -> None:
-    levels = [torch.cat(pair) for pair in zip(normal(6, 3)[0], defective(6, 3)[0], strict=True)]
+    levels = [torch.cat(pair) for pair in zip(good(case, 6, 3)[0], defective(6, 3, world=CASES[case].world)[0], strict=True)]
     whole = shared(case)(levels)
     rows = [shared(case)([level[image : image + 1] for level in levels]) for image in range(12)]
     joined = {name: torch.cat([fields(row)[name] for row in rows]) for name in fields(whole)}
@@ -199,7 +267,7 @@ def test_an_image_scores_the_same_alone_and_among_others(case: int) -> None:
 def test_scoring_changes_nothing(case: int) -> None:
     detector = shared(case)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
-    levels, _ = defective(6, 3)
+    levels, _ = defective(6, 3, world=CASES[case].world)
     copies = [level.clone() for level in levels]
     first = detector(levels)
     same(first, detector(levels))
@@ -211,7 +279,7 @@ def test_scoring_changes_nothing(case: int) -> None:
 def test_state_goes_round(case: int) -> None:
     other = empty(case)
     other.load_state_dict(shared(case).state_dict())
-    levels, _ = defective(6, 3)
+    levels, _ = defective(6, 3, world=CASES[case].world)
     same(shared(case)(levels), other.eval()(levels))
 
 
@@ -234,7 +302,7 @@ def test_no_product_is_asked_for_when_scoring(method: Callable[..., Detector]) -
 
 @every_case
 def test_products_are_recognised_where_the_method_knows_them(case: int) -> None:
-    levels, product = normal(60, 6)
+    levels, product = good(case, 60, 6)
     scores = shared(case)(levels)
     if scores.products is not None:
         assert (scores.products.argmax(1) == product).float().mean() > 0.9

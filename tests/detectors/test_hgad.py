@@ -435,7 +435,8 @@ def test_a_defect_is_far_from_all_centres_and_shows_where_it_is() -> None:
 
 
 def test_weight_decay_is_for_the_flow_alone(published: HGAD) -> None:
-    decayed, free = published.parameter_groups(0)
+    (decayed, free), flags = zip(*((group.parameters, group.decayed) for group in published.groups(0)), strict=True)
+    assert flags == (True, False)
     level = published.level(0)
     assert {id(each) for each in free} == {id(getattr(level.mixture, name)) for name in ("mu", "delta", "psi", "psi_intra")}
     assert {id(each) for each in decayed} == {id(each) for each in level.flow.parameters()}

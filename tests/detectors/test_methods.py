@@ -13,6 +13,7 @@ from unispect.inspector import complete
 from unispect.nn.alignment import finest
 
 SHAPES = [(6, 8, 8), (5, 4, 4), (7, 1, 1)]
+IMAGE = (3, 64, 64)
 STATISTICAL = [name for name, kind in METHODS.items() if issubclass(kind, StatisticalDetector)]
 MEMBERS = [name for name in STATISTICAL if name != "ensemble"]
 SMALL = {"hgad": {"blocks": 2, "position": 8, "centres": 3}, "padim": {"dimension": 5}}  # for the shapes above
@@ -20,7 +21,8 @@ SMALL = {"hgad": {"blocks": 2, "position": 8, "centres": 3}, "padim": {"dimensio
 
 def built(method: str, products: int = 3, **given: Any) -> Detector:
     own = {method: SMALL[method]} if method in SMALL else {}
-    return build(complete({"method": method} | own | given), SHAPES, products)
+    shapes = [IMAGE] if method == "draem" else SHAPES
+    return build(complete({"method": method} | own | given), shapes, products)
 
 
 def joined(members: list[str], **given: Any) -> Ensemble:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unispect.errors import ConfigError
-from unispect.nn.position import positional_encoding
+from unispect.nn.position import LearntPosition, positional_encoding
 
 
 def literal(channels: int, row: int, column: int) -> Tensor:
@@ -48,3 +48,28 @@ def test_no_channels_is_no_encoding() -> None:
 def test_says_what_it_expects() -> None:
     with pytest.raises(ConfigError, match="got 6, expected a multiple of 4"):
         positional_encoding(6, 2, 2)
+
+
+# Learnt
+
+
+def test_a_learnt_position_is_that_of_its_column_then_that_of_its_row() -> None:
+    position = LearntPosition(6, height=3, width=4)
+    found = position()
+    assert found.shape == (12, 6)
+    for row in range(3):
+        for column in range(4):
+            assert torch.equal(found[4 * row + column], torch.cat([position.column[column], position.row[row]]))
+
+
+def test_learnt_positions_begin_between_0_and_1() -> None:
+    torch.manual_seed(0)
+    values = torch.cat([part.flatten() for part in LearntPosition(256, 14, 14).parameters()])
+    assert 0 <= values.min() < 0.01
+    assert 0.99 < values.max() < 1
+    assert values.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_halves_of_an_odd_number_of_channels() -> None:
+    with pytest.raises(ConfigError, match="position channels: got 7, expected an even number"):
+        LearntPosition(7, 2, 2)

@@ -63,8 +63,12 @@ class Recipe:
               left over dropped, as the published CFLOW-AD does; 0: one optimizer step on all
     precision of the matrix products inside the couplings while training: "f32", or "bf16" with all sums in f32
     compile   compile the losses with torch.compile; worth its start-up on a GPU
-    decay     L2 weight decay on the flow
-    stairs    the cosine schedule falls in so many steps; the first two warm up
+    rule      of the optimizer: "adam", whose decay is a part of the gradient, or "adamw"; both read beta1, beta2, epsilon
+              and amsgrad
+    decay     weight decay
+    clip      norm that the gradient of an optimizer step has at the most; 0: any
+    schedule  of the learning rate: "cosine", which falls in so many `stairs`, the first two to warm up; or "drop":
+              constant, but times `drop` after each of the shares of the steps in `drops`
     optimizer "per_level": each level has its own Adam; "shared": one Adam for all whose momentum keeps moving the levels
               that are not being stepped, as the published code did under torch < 2
     checks    how often the loss on held-out normals is looked at; the best state seen there is kept, the first included.
@@ -80,11 +84,18 @@ class Recipe:
     vectors: int = 0
     precision: str = "f32"
     compile: bool = False
+    rule: str = "adam"
     learning_rate: float = 1e-3
     beta1: float = 0.95
     beta2: float = 0.99
+    epsilon: float = 1e-8
+    amsgrad: bool = False
     decay: float = 1e-4
+    clip: float = 0.0
+    schedule: str = "cosine"
     stairs: int = 25
+    drops: tuple[float, ...] = (0.8,)
+    drop: float = 0.2
     optimizer: str = "per_level"
     checks: int = 8
     patience: int = 3
@@ -95,6 +106,17 @@ class Recipe:
             raise ConfigError(f"steps={self.steps}, passes={self.passes}: expected exactly one of the two above 0")
         if self.optimizer not in ("per_level", "shared"):
             raise ConfigError(f"optimizer: got {self.optimizer!r}, expected 'per_level' or 'shared'")
+        for name, choices in {"rule": ("adam", "adamw"), "schedule": ("cosine", "drop")}.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(unknown_name(name, getattr(self, name), choices))
+        if any(not 0 < share < 1 for share in self.drops) or not self.drop > 0:
+            raise ConfigError(
+                f"drops={list(self.drops)}, drop={self.drop}: expected shares between 0 and 1, and a factor above 0"
+            )
+        if not self.clip >= 0:
+            raise ConfigError(f"clip: got {self.clip}, expected a norm above 0, or 0 for none")
+        if not self.epsilon > 0:
+            raise ConfigError(f"epsilon: got {self.epsilon}, expected a number above 0")
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance: got {self.balance}, expected a number from 0 to 1")
         if self.precision not in PRECISIONS:
@@ -194,8 +216,21 @@ class StatisticalDetector(Detector):
         """End of a pass; True where one more is wanted, False where all is learnt."""
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are trained alike.
+
+    decayed   whether weight decay is for them
+    pace      their learning rate relative to the recipe's
+    """
+
+    parameters: Sequence[nn.Parameter]
+    decayed: bool = True
+    pace: float = 1.0
+
+
 class GradientDetector(Detector):
-    """Learnt by gradient steps on vectors; the loop is `unispect.fit`. Levels are learnt independently.
+    """Learnt by gradient steps; the loop is `unispect.fit`. What it learns is in `levels`, each learnt independently.
 
     stages   shares of the training after which the loss is another one
     """
@@ -204,15 +239,27 @@ class GradientDetector(Detector):
     stages: tuple[float, ...] = ()
 
     @abstractmethod
+    def prepare(self, train: Pass) -> None:
+        """Statistics that the first step needs."""
+
+    @abstractmethod
+    def groups(self, level: int) -> list[Group]:
+        """Parameters of a level; those that belong to no group stay as they are."""
+
+    @abstractmethod
+    def finish(self, train: Pass, held_out: Pass) -> None:
+        """Statistics of the learnt detector: on what it was trained on, and on normal images that it was not."""
+
+
+class VectorDetector(GradientDetector):
+    """Learnt from vectors of single levels."""
+
+    @abstractmethod
     def grid(self, level: int) -> Tensor:
         """Places of a level grouped by cell, (c, q) int64: from every cell the loop draws.
 
         What reads single vectors has one cell of all places, (1, h*w); what reads whole maps has a cell a place, (h*w, 1).
         """
-
-    @abstractmethod
-    def prepare(self, train: Pass) -> None:
-        """Statistics that the first step needs."""
 
     @abstractmethod
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
@@ -225,10 +272,17 @@ class GradientDetector(Detector):
     def held_out_loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor) -> Tensor:
         """The criterion for keeping a state, a scalar: lower is better."""
 
-    @abstractmethod
-    def parameter_groups(self, level: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of a level with and without weight decay."""
+
+class ImageDetector(GradientDetector):
+    """Learnt from whole images, all levels of features at once. All that it learns is in `levels[0]`."""
 
     @abstractmethod
-    def finish(self, train: Pass, held_out: Pass) -> None:
-        """Statistics of the learnt detector: on what it was trained on, and on normal images that it was not."""
+    def loss(self, features: Features, product: Tensor, progress: float) -> dict[str, Tensor]:
+        """Losses of L levels (m, C, h, w) of images of products (m,); "total" is what is minimised.
+
+        progress   0 or, of the `stages` that have begun, the last one
+        """
+
+    @abstractmethod
+    def held_out_loss(self, features: Features, product: Tensor) -> Tensor:
+        """The criterion for keeping a state, a scalar, mean over the images: lower is better."""

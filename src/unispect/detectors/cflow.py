@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from unispect.detectors.base import GradientDetector, Pass, check_counts
+from unispect.detectors.base import Group, Pass, VectorDetector, check_counts
 from unispect.errors import ConfigError
 from unispect.nn.coupling import Flow
 from unispect.nn.likelihood import Tally, standard_normal, unlikely
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         return density.reshape(len(level), *self.shape[1:])
 
 
-class CFLOW(GradientDetector):
+class CFLOW(VectorDetector):
     """Conditional normalising flows with the prior N(0, I), one decoder a level.
 
     shapes            (C, h, w) of each level
@@ -110,9 +110,9 @@ class CFLOW(GradientDetector):
         _, height, width = self.level(level).shape
         return torch.arange(height * width)[None]
 
-    def parameter_groups(self, level: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def groups(self, level: int) -> list[Group]:
         """All of the flow's; the published training has no decay."""
-        return list(self.level(level).flow.parameters()), []
+        return [Group(list(self.level(level).flow.parameters()))]
 
     def prepare(self, train: Pass) -> None:
         """Nothing: published training begins with random couplings on raw features."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import GradientDetector, Pass, check_counts
+from unispect.detectors.base import Group, Pass, VectorDetector, check_counts
 from unispect.errors import ConfigError
 from unispect.nn.coupling import Flow
 from unispect.nn.likelihood import standard_normal
@@ -50,7 +50,7 @@ class FlowStep(nn.Module):
         return standard_normal(*self.latent(maps))
 
 
-class FastFlow(GradientDetector):
+class FastFlow(VectorDetector):
     """Normalising flows of maps with the prior N(0, I), one a level.
 
     shapes            (C, h, w) of each level
@@ -112,9 +112,9 @@ class FastFlow(GradientDetector):
         _, height, width = self.level(level).shape
         return torch.arange(height * width)[:, None]
 
-    def parameter_groups(self, level: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def groups(self, level: int) -> list[Group]:
         """All with decay, as published."""
-        return list(self.level(level).parameters()), []
+        return [Group(list(self.level(level).parameters()))]
 
     def prepare(self, train: Pass) -> None:
         """Nothing: training begins with random couplings."""

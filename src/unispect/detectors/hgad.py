@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unispect.detectors.base import GradientDetector, Pass, check_choices, check_counts, check_shares, with_places
+from unispect.detectors.base import Group, Pass, VectorDetector, check_choices, check_counts, check_shares, with_places
 from unispect.errors import ConfigError
 from unispect.nn.alignment import Folds, deal
 from unispect.nn.clusters import kmeans
@@ -138,7 +138,7 @@ def cells(height: int, width: int, cell: int) -> Tensor:
     return grid.permute(0, 2, 1, 3).reshape(-1, cell * cell)
 
 
-class HGAD(GradientDetector):
+class HGAD(VectorDetector):
     """Hierarchical Gaussian mixture normalising flow, one flow a level.
 
     shapes            (C, h, w) of each level
@@ -284,10 +284,10 @@ class HGAD(GradientDetector):
 
     # Learning: here, and only here, the product of an image is known.
 
-    def parameter_groups(self, level: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def groups(self, level: int) -> list[Group]:
         """Flow with weight decay; centres and weights of the mixture without."""
         part = self.level(level)
-        return list(part.flow.parameters()), list(part.mixture.parameters())
+        return [Group(list(part.flow.parameters())), Group(list(part.mixture.parameters()), decayed=False)]
 
     def loss(self, level: int, vectors: Tensor, places: Tensor, product: Tensor, progress: float) -> dict[str, Tensor]:
         """First stage: lambda1 L_g + lambda2 L_mi + L_e; then L_in and L_z join, Eq. 11 and the published code."""

@@ -8,6 +8,7 @@ from typing import Any
 from unispect.config import construct
 from unispect.detectors.base import Detector, StatisticalDetector
 from unispect.detectors.cflow import CFLOW
+from unispect.detectors.draem import DRAEM
 from unispect.detectors.ensemble import Ensemble
 from unispect.detectors.fastflow import FastFlow
 from unispect.detectors.hgad import HGAD
@@ -15,20 +16,25 @@ from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
 from unispect.detectors.padim import PaDiM
 from unispect.detectors.patchcore import PatchCore
+from unispect.detectors.revdist import RevDist
 from unispect.detectors.spade import SPADE
+from unispect.detectors.uniad import UniAD
 from unispect.errors import ConfigError, unknown_name
 from unispect.nn.alignment import finest
 
 METHODS: dict[str, type[Detector]] = {
     "hgad": HGAD,
     "cflow": CFLOW,
+    "draem": DRAEM,
     "ensemble": Ensemble,
     "fastflow": FastFlow,
     "neighbours": Neighbours,
     "opca": OPCA,
     "padim": PaDiM,
     "patchcore": PatchCore,
+    "revdist": RevDist,
     "spade": SPADE,
+    "uniad": UniAD,
 }
 PROVIDED = ("shapes", "products", "parts", "seed")  # constructor arguments that are no settings
 

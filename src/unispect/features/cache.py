@@ -77,9 +77,10 @@ class FeatureSet:
         """All images in order: their places in the list of records (N,), and their features (N, C, h, w) float32."""
         for start in range(0, len(self), batch_size):
             images = range(start, min(start + batch_size, len(self)))
-            yield self.indices[images.start : images.stop], self._stacked(images)
+            yield self.indices[images.start : images.stop], self.stacked(images)
 
-    def _stacked(self, images: Iterable[int]) -> Features:
+    def stacked(self, images: Iterable[int]) -> Features:
+        """Some images: L levels (N, C, h, w) float32."""
         levels = zip(*(self.read(image) for image in images), strict=True)
         return [_dense(np.stack(level), shape) for level, shape in zip(levels, self.shapes, strict=True)]
 
