@@ -24,6 +24,9 @@ class Planted:
         vectors = self.levels[level].flatten(2).mT
         return vectors[torch.from_numpy(images)[:, None], torch.from_numpy(places.copy())].flatten(0, 1)
 
+    def part(self, images: np.ndarray) -> "Planted":
+        return Planted([level[torch.from_numpy(images)] for level in self.levels])
+
     def stacked(self, images: Iterable[int]) -> Features:
         return [level[list(images)] for level in self.levels]
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from unispect import cli
+from unispect.align.aligners import ALIGNERS
 from unispect.data.factory import draw, write_products
 from unispect.detectors.methods import METHODS
 from unispect.inspector import Inspector
@@ -184,10 +185,10 @@ def test_check_is_strict_when_asked(run: Run, images: Path) -> None:
 
 
 def test_methods_and_their_papers(run: Run) -> None:
-    assert set(cli.PAPERS) == set(METHODS)
+    assert set(cli.PAPERS) == {*METHODS, *ALIGNERS}
     assert "https://arxiv.org/abs/2403.13349" in run("methods").out
-    assert set(json.loads(run("methods", "--json").out)) == set(METHODS)
-    for name in METHODS:
+    assert set(json.loads(run("methods", "--json").out)) == {*METHODS, *ALIGNERS}
+    for name in (*METHODS, *ALIGNERS):
         cited = run("cite", name)
         assert "@software{unispect" in cited.out
         assert cited.out.count("{") == cited.out.count("}")

@@ -824,6 +824,30 @@ PAPERS = {
   note = {arXiv:2403.13349}
 }""",
     ),
+    "cada": Paper(
+        "Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic Distribution Alignment",
+        "https://arxiv.org/abs/2404.00724",
+        "aligner of any method: level and reach of a normal image's scores, predicted from what the image shows",
+        """\
+@misc{guo2024absolute,
+  title = {Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic Distribution Alignment},
+  author = {Guo, Jia and Han, Haonan and Lu, Shuai and Zhang, Weihang and Li, Huiqi},
+  year = {2024},
+  note = {arXiv:2404.00724}
+}""",
+    ),
+    "cada-b": Paper(
+        "Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic Distribution Alignment (section 3.2)",
+        "https://arxiv.org/abs/2404.00724",
+        "aligner of any method: level and reach of the product that a classifier takes the image for",
+        """\
+@misc{guo2024absolute,
+  title = {Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic Distribution Alignment},
+  author = {Guo, Jia and Han, Haonan and Lu, Shuai and Zhang, Weihang and Li, Huiqi},
+  year = {2024},
+  note = {arXiv:2404.00724}
+}""",
+    ),
     "cflow": Paper(
         "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via Conditional Normalizing Flows",
         "https://arxiv.org/abs/2107.12571",
@@ -971,7 +995,7 @@ PAPERS = {
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the methods with their papers."""
+    """List the methods and aligners with their papers."""
     if as_json:
         about = {name: {"title": one.title, "link": one.link, "summary": one.summary} for name, one in PAPERS.items()}
         _print_json(about)

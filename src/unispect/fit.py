@@ -48,6 +48,11 @@ class Labelled:
     product: np.ndarray
     unit: np.ndarray | None = None
 
+    def part(self, images: np.ndarray) -> Labelled:
+        """Some of the images, (m,) int64 places."""
+        unit = None if self.unit is None else self.unit[images]
+        return Labelled(self.features.part(images), self.product[images], unit)
+
     def batches(self) -> Pass:
         """A pass over all images, as detectors take it."""
 

@@ -10,12 +10,16 @@ from dataclasses import replace as renamed
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from PIL import Image
 
+from unispect.align.aligners import ALIGNERS, NONE
+from unispect.align.aligners import PROVIDED as OF_ALIGNERS
+from unispect.align.aligners import build as build_aligner
+from unispect.align.base import Aligner, AlignsGiven, Pairs, Statistics, view, width
 from unispect.config import construct, merge, read_toml, settings, write_toml
 from unispect.data.datasets import read_data
 from unispect.data.folder import images_below
@@ -31,14 +35,18 @@ from unispect.features.cache import FeatureCache, FeatureSet
 from unispect.features.engine import Engine, engine
 from unispect.features.pixels import PixelExtractor
 from unispect.features.pyramid import PyramidExtractor
-from unispect.fit import History, Labelled, Watch, fit, learn
+from unispect.fit import BATCH, History, Labelled, Watch, fit, learn
 from unispect.metrics.regions import regions
+from unispect.nn.alignment import deal
 from unispect.nn.clusters import discover
 from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
-from unispect.types import Batch, Finding, Region, Scores
+from unispect.types import Batch, Features, Finding, Region, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
+BESIDE = "aligner."  # names of an aligner's tensors beside those of its detector
 MARKS = "marks-2"  # notes in the feature cache: fingerprints of images
+FOLDS = 4  # for an aligner of a detector that learns in passes, unless the settings say otherwise
+MOST_PAIRS = 4096  # images that an aligner learns from at the most
 SECTIONS = ("preparation", "features", "split", "training", "decision")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Source = Path | str | np.ndarray | Image.Image
@@ -84,10 +92,19 @@ class FeatureSettings:
 
 @dataclass(frozen=True, slots=True)
 class SplitSettings:
-    """Shares of the normal images of each product that the detector does not learn from."""
+    """Shares of the normal images of each product that the detector does not learn from.
+
+    folds   an aligner learns from images that the detector has not learnt from: the held-out ones where this is 0;
+            otherwise all training images, dealt into so many folds, each scored by a detector of the others
+    """
 
     held_out: float = 0.1
     calibration: float = 0.14
+    folds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.folds < 0 or self.folds == 1:
+            raise ConfigError(f"folds: got {self.folds}, expected 0 or at least 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +124,17 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
     method = given.get("method", "hgad")
     if method not in METHODS:
         raise ConfigError(unknown_name("method", str(method), METHODS))
-    known = {"method", "seed", *SECTIONS, *METHODS}
+    aligner = given.get("aligner", NONE)
+    if aligner not in (NONE, *ALIGNERS):
+        raise ConfigError(unknown_name("aligner", str(aligner), (NONE, *ALIGNERS)))
+    known = {"method", "aligner", "seed", *SECTIONS, *METHODS, *ALIGNERS}
     kind, wanted = METHODS[method], METHODS[method].wants
+    if aligner != NONE and issubclass(kind, StatisticalDetector):
+        wanted = merge(wanted, {"split": {"folds": FOLDS}})
     for name in given:
         if name not in known:
             raise ConfigError(unknown_name("setting", name, known))
-    for name in (*SECTIONS, *METHODS):
+    for name in (*SECTIONS, *METHODS, *ALIGNERS):
         if not isinstance(given.get(name, {}), Mapping):
             raise ConfigError(f"{name}: got {given[name]!r}, expected a table [{name}] of settings")
     seed = given.get("seed", 0)
@@ -129,13 +151,20 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         del factories["training"]
         if given.get("training"):
             raise ConfigError(f"[training]: {method} takes no training steps, it learns in passes: leave the section out")
-    table: dict[str, Any] = {"method": method, "seed": seed}
+    table: dict[str, Any] = {"method": method, "aligner": aligner, "seed": seed}
     for name, factory in factories.items():
         own = merge(wanted.get(name, {}), given.get(name, {}))
         construct(factory, own, name)
         table[name] = settings(factory, own, where=name)
     for name in sections(method, given.get(method, {})):
         table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
+    if aligner != NONE:
+        table[aligner] = settings(ALIGNERS[aligner], given.get(aligner, {}), OF_ALIGNERS, aligner)
+        if not table["split"]["folds"] and not table["split"]["held_out"]:
+            raise ConfigError(
+                f"aligner={aligner!r} learns from images that the detector has not learnt from: set split.held_out above 0, "
+                "or split.folds to 2 or more"
+            )
     return table
 
 
@@ -153,12 +182,14 @@ class Inspector:
         products: Sequence[str],
         eyes: Engine,
         detector: Detector,
+        aligner: Aligner | None,
         calibration: Calibration,
         split: Split,
         facts: Mapping[str, Any],
     ) -> None:
         self.config, self.products, self.split = dict(config), tuple(products), split
         self.engine, self.detector, self.calibration = eyes, detector.eval(), calibration
+        self.aligner = None if aligner is None else aligner.eval()
         self.preparation = construct(Preparation, config["preparation"], "preparation")
         self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.facts = dict(facts)
@@ -177,8 +208,9 @@ class Inspector:
 
     @property
     def takes_product(self) -> bool:
-        """Whether its detector would score an image differently if told its product, which only `evaluate` ever does."""
-        return isinstance(self.detector, TakesProduct) and not self.facts["clustered"]
+        """Whether it would score an image differently if told its product, which only `evaluate` ever does."""
+        able = _takes_product(self.aligner) or isinstance(self.detector, TakesProduct)
+        return able and not self.facts["clustered"]
 
     @property
     def seen(self) -> Seen:
@@ -276,17 +308,27 @@ class Inspector:
         """Scores without a label and, where names are given, other scores and a row in them for the images whose named
         product is not the one that they were taken for: told their product, all others score as they do anyway."""
         features = self.engine(images)
-        scores: Scores = self.detector(features)
-        if names is None or not isinstance(self.detector, TakesProduct):
-            return scores, {}
-        guess = [None] * len(names) if scores.products is None else scores.products.argmax(1).tolist()
-        known = {place: self.products.index(name) for place, name in enumerate(names) if name in self.products}
-        places = [place for place, number in known.items() if number != guess[place]]
+        plain: Scores = self.detector(features)
+        scores = _aligned(self.aligner, features, plain)
+        known = {place: self.products.index(name) for place, name in enumerate(names or ()) if name in self.products}
+        if _takes_product(self.aligner):
+            places = list(known)
+        else:
+            guess = [None] * len(images) if scores.products is None else scores.products.argmax(1).tolist()
+            places = [place for place, number in known.items() if number != guess[place]]
         if not places:
             return scores, {}
-        numbers = torch.tensor([known[place] for place in places])
-        told = self.detector.forward_given([level[places] for level in features], numbers)
+        told = self._told([level[places] for level in features], plain.of(places), [known[place] for place in places])
         return scores, {place: (told, row) for row, place in enumerate(places)}
+
+    def _told(self, features: Features, plain: Scores, products: Sequence[int]) -> Scores:
+        """Scores under products: an aligner that can be told them is, else the detector, before it is aligned."""
+        numbers = torch.tensor(products)
+        if _takes_product(self.aligner):
+            return self.aligner.forward_given(features, plain, numbers)
+        if isinstance(self.detector, TakesProduct):
+            plain = self.detector.forward_given(features, numbers)
+        return _aligned(self.aligner, features, plain)
 
     def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int]) -> Finding:
         score = float(scores.image[place])
@@ -364,7 +406,7 @@ class Inspector:
         """
         files = {
             "config.toml": write_toml(self.config).encode(),
-            "weights.safetensors": pack_tensors(self.detector.state_dict()),
+            "weights.safetensors": pack_tensors(_state(self.detector, self.aligner)),
             "calibration.json": _json(self.calibration.as_dict()),
             "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
             "card.md": self.card().encode(),
@@ -387,8 +429,9 @@ class Inspector:
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
         detector = build(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
+        aligner = build_aligner(config, about["facts"].get("view", 0), len(about["products"]))
         try:
-            detector.load_state_dict(unpack_tensors(files["weights.safetensors"]))
+            _fill(detector, aligner, unpack_tensors(files["weights.safetensors"]))
         except RuntimeError as error:
             raise StoreError(
                 f"{path}: the weights are not those of method {config['method']!r} in this version of unispect: "
@@ -396,7 +439,7 @@ class Inspector:
             ) from error
         calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
-        return cls(config, about["products"], eyes, detector, calibration, split, about["facts"])
+        return cls(config, about["products"], eyes, detector, aligner, calibration, split, about["facts"])
 
     def with_false_alarm_rate(self, rate: float) -> Inspector:
         """The same model under another promise; nothing is learnt anew.
@@ -404,7 +447,8 @@ class Inspector:
         Raises CalibrationError where the calibration images cannot support it.
         """
         config = merge(self.config, {"decision": {"false_alarm_rate": rate}})
-        return Inspector(config, self.products, self.engine, self.detector, self.calibration, self.split, self.facts)
+        parts = self.engine, self.detector, self.aligner
+        return Inspector(config, self.products, *parts, self.calibration, self.split, self.facts)
 
     def with_product(
         self,
@@ -447,7 +491,8 @@ class Inspector:
         )
         about = known | {"failures": known["failures"] + notes["failures"], "marks": known["marks"] | notes["marks"]}
         names = [other for other in self.products if other != name]
-        return Inspector(self.config, [*names, name], self.engine, detector, scores.with_also(calibration), merged, about)
+        joined = scores.with_also(calibration)
+        return Inspector(self.config, [*names, name], self.engine, detector, None, joined, merged, about)
 
     def without_product(self, name: str) -> Inspector:
         """The same model without a product, whose images and scores leave it, too.
@@ -465,7 +510,7 @@ class Inspector:
         assert isinstance(detector, Detector)
         split, calibration, facts = self._without(name)
         names = [known for known in self.products if known != name]
-        return Inspector(self.config, names, self.engine, detector, calibration, split, facts)
+        return Inspector(self.config, names, self.engine, detector, None, calibration, split, facts)
 
     def _without(self, name: str) -> tuple[Split, Calibration, dict[str, Any]]:
         """The images, calibration scores and facts of all other products."""
@@ -487,6 +532,11 @@ class Inspector:
 
     def _holding(self) -> HoldsProducts:
         """The detector, which knows its products one by one."""
+        if self.aligner is not None:
+            raise ConfigError(
+                f"aligner {self.config['aligner']!r} learns all products as one, so none can be added or removed alone: "
+                "fit the model again on all of them"
+            )
         if self.facts["clustered"]:
             raise ConfigError("the products of this model were found by clustering and have no names: fit it on named ones")
         if not isinstance(self.detector, HoldsProducts):
@@ -514,6 +564,7 @@ class Inspector:
             f"images are exchangeable with those it was calibrated on. With {size} calibration images the long-run rate "
             f"lies between {low:.2%} and {high:.2%} in 90 of 100 fits.",
             f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring.",
+            f"- Scores of products are brought to one scale by: {_alignment(self.config)}.",
             f"- Seed {self.config['seed']}; {_learning(self.facts)}",
             "- Not covered: products it has never seen, changes of camera, light or lens.",
             "",
@@ -613,30 +664,35 @@ class _Fit:
         if len(split.calibration) < needed(rate):
             ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
-        names, detector, facts = self._learnt(split, eyes)
-        calibration = self._calibrate(detector.eval(), split, eyes)
+        names, detector, facts, seen_by = self._learnt(split, eyes)
+        aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names))
+        calibration = self._calibrate(detector, aligner, split, eyes)
         self._check_calibration(calibration)
-        return Inspector(self.config, names, eyes, detector, calibration, split, facts | self._notes())
+        about = facts | seen | self._notes()
+        return Inspector(self.config, names, eyes, detector, aligner, calibration, split, about)
 
     def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Split, dict[str, Any]]:
         """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
         split = self._split(data)
-        _, detector, facts = self._learnt(split, eyes)
+        _, detector, facts, _ = self._learnt(split, eyes)
         return detector.eval(), split, facts
 
     def calibrate_more(self, detector: Detector, split: Split, eyes: Engine) -> tuple[Calibration, dict[str, Any]]:
         """Scores of the calibration images of a split, and what is to be noted of all images."""
-        return self._calibrate(detector, split, eyes), self._notes()
+        return self._calibrate(detector, None, split, eyes), self._notes()
 
     def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
         """The detector trained on a split, watched, and what the loop saw."""
-        _, detector, facts = self._learnt(split, eyes, watch)
+        _, detector, facts, _ = self._learnt(split, eyes, watch)
         return detector.eval(), History(**facts["history"])
 
-    def _learnt(self, split: Split, eyes: Engine, watch: Watch | None = None) -> tuple[list[str], Detector, dict[str, Any]]:
-        """Names of the products, the learnt detector and facts about it."""
+    def _learnt(
+        self, split: Split, eyes: Engine, watch: Watch | None = None
+    ) -> tuple[list[str], Detector, dict[str, Any], dict[str, Labelled]]:
+        """Names of the products, the learnt detector, facts about it, and what it was learnt with."""
         gradients = issubclass(METHODS[self.config["method"]], GradientDetector)
-        wanted = ("train", "held_out") if gradients else ("train",)
+        aligned = self.config["aligner"] != NONE and not self.config["split"]["folds"]
+        wanted = ("train", "held_out") if gradients or aligned else ("train",)
         roles = {name: self.read(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
         data = {
@@ -646,9 +702,53 @@ class _Fit:
         _check_enough(data["train"].product, names)
         shapes = data["train"].features.shapes
         detector = build(self.config, shapes, len(names))
-        history, passes = self._learn(detector, data["train"], data.get("held_out"), self._identity(split, eyes), watch)
+        identity = self._identity(split, eyes)
+        history, passes = self._learn(detector, data["train"], data.get("held_out"), self.checkpoint, identity, watch)
         about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
-        return names, detector, about | {"history": asdict(history), "passes": passes}
+        return names, detector, about | {"history": asdict(history), "passes": passes}, data
+
+    # The aligner.
+
+    def _learnt_aligner(
+        self, detector: Detector, data: Mapping[str, Labelled], products: int
+    ) -> tuple[Aligner | None, dict[str, Any]]:
+        """The aligner that the settings ask for, and the channels that it reads."""
+        if self.config["aligner"] == NONE:
+            return None, {}
+        features = data["train"].features.stacked([0])
+        with torch.inference_mode():
+            channels = width(features, detector(features))
+        aligner = build_aligner(self.config, channels, products)
+        assert aligner is not None
+        aligner.learn(self._pairs(detector, data, products, aligner.grid))
+        return aligner.eval(), {"view": channels}
+
+    def _pairs(self, detector: Detector, data: Mapping[str, Labelled], products: int, grid: int) -> Pairs:
+        """Views and scores of images that the detector that scored them had not learnt from."""
+        folds, train = self.config["split"]["folds"], data["train"]
+        if not folds:
+            return self._watched(detector, detector, _evenly(data["held_out"], MOST_PAIRS), grid)
+        unit = np.arange(len(train.product)) if train.unit is None else train.unit
+        dealt = deal(torch.from_numpy(train.product), torch.from_numpy(unit), folds, self.config["seed"]).numpy()
+        parts = []
+        for fold in range(folds):
+            other = build(self.config, train.features.shapes, products)
+            self._learn(other, train.part(np.flatnonzero(dealt != fold)), data.get("held_out"), None, "", None)
+            scored = _evenly(train.part(np.flatnonzero(dealt == fold)), MOST_PAIRS // folds)
+            parts.append(self._watched(detector, other.eval(), scored, grid))
+        return Pairs.joined(parts)
+
+    def _watched(self, detector: Detector, scorer: Detector, data: Labelled, grid: int) -> Pairs:
+        """What an aligner of a detector reads of images, and what the scorer says of them."""
+        views, said = [], []
+        with torch.no_grad():
+            for done, (features, _) in enumerate(data.batches()()):
+                scores: Scores = scorer(features)
+                own: Scores = scores if scorer is detector or scores.context is None else detector(features)
+                views.append(view(features, own, grid))
+                said.append(Statistics.of(scores))
+                self.tell("scores to align", min((done + 1) * BATCH, len(data.product)), len(data.product), {})
+        return Pairs(torch.cat(views), Statistics.joined(said), torch.from_numpy(data.product))
 
     def _notes(self) -> dict[str, Any]:
         """Facts about the images."""
@@ -658,7 +758,13 @@ class _Fit:
         }
 
     def _learn(
-        self, detector: Detector, train: Labelled, held_out: Labelled | None, identity: str, watch: Watch | None
+        self,
+        detector: Detector,
+        train: Labelled,
+        held_out: Labelled | None,
+        checkpoint: Path | None,
+        identity: str,
+        watch: Watch | None,
     ) -> tuple[History, int]:
         """What a loop saw of held-out images, and the number of passes for statistics."""
         if isinstance(detector, StatisticalDetector):
@@ -667,7 +773,7 @@ class _Fit:
         assert held_out is not None
         recipe = construct(Recipe, self.config["training"], "training")
         seed = self.config["seed"]
-        return fit(detector, train, held_out, recipe, seed, self.checkpoint, identity, self._step, watch), 0
+        return fit(detector, train, held_out, recipe, seed, checkpoint, identity, self._step, watch), 0
 
     def _split(self, data: Path | str | Sequence[Record]) -> Split:
         records = read_data(data) if isinstance(data, Path | str) else list(data)
@@ -750,14 +856,14 @@ class _Fit:
         parts = np.split(found, np.cumsum(list(counts.values()))[:-1])
         return names, dict(zip(counts, parts, strict=True)), True
 
-    def _calibrate(self, detector: Detector, split: Split, eyes: Engine) -> Calibration:
+    def _calibrate(self, detector: Detector, aligner: Aligner | None, split: Split, eyes: Engine) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
         images: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
         with torch.inference_mode():
             for _, levels in features.batches(8):
-                scores = detector(levels)
+                scores = _aligned(aligner, levels, detector(levels))
                 images += scores.image.tolist()
                 peaks += scores.maps.flatten(1).amax(1).tolist()
                 medians += scores.maps.flatten(1).median(1).values.tolist()
@@ -782,6 +888,47 @@ class _Fit:
 
 def _shown(value: Any) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _aligned(aligner: Aligner | None, features: Features, scores: Scores) -> Scores:
+    """Scores on the common scale."""
+    if aligner is None:
+        return scores
+    aligned: Scores = aligner(features, scores)
+    return aligned
+
+
+def _takes_product(aligner: object) -> TypeGuard[AlignsGiven]:
+    return isinstance(aligner, AlignsGiven)
+
+
+def _state(detector: Detector, aligner: Aligner | None) -> dict[str, torch.Tensor]:
+    """All that was learnt, by name."""
+    more = {} if aligner is None else aligner.state_dict()
+    return {**detector.state_dict(), **{f"{BESIDE}{name}": value for name, value in more.items()}}
+
+
+def _fill(detector: Detector, aligner: Aligner | None, state: Mapping[str, torch.Tensor]) -> None:
+    """Put what `_state` gave in its place. Raises RuntimeError where it does not fit."""
+    detector.load_state_dict({name: value for name, value in state.items() if not name.startswith(BESIDE)})
+    if aligner is not None:
+        own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}
+        aligner.load_state_dict(own)
+
+
+def _evenly(data: Labelled, most: int) -> Labelled:
+    """At most so many images, evenly taken."""
+    count = len(data.product)
+    return data if count <= most else data.part(np.linspace(0, count - 1, most).astype(np.int64))
+
+
+def _alignment(config: Mapping[str, Any]) -> str:
+    """What brings products to one scale."""
+    if config["aligner"] == NONE:
+        return "the detector's own means alone"
+    folds = config["split"]["folds"]
+    learnt = f"in {folds} folds" if folds else "on held-out images"
+    return f"{config['aligner']}, learnt {learnt} that the detector which scored them had not learnt from"
 
 
 def _learning(facts: Mapping[str, Any]) -> str:

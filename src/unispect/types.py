@@ -49,6 +49,11 @@ class Scores:
     unaligned: Tensor | None = None
     context: Tensor | None = None
 
+    def of(self, images: list[int]) -> Scores:
+        """Of some of the images."""
+        known = {name: getattr(self, name) for name in self.__slots__}
+        return Scores(**{name: value[images] for name, value in known.items() if value is not None})
+
 
 @dataclass(frozen=True, slots=True)
 class Region:

@@ -57,10 +57,15 @@ class FeatureSet:
         self.files = list(files)
         self.indices = indices
         self.shapes = list(shapes)
+        self.open_files = open_files
         self._read = lru_cache(maxsize=_affordable(open_files))(self._map)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def part(self, images: np.ndarray) -> FeatureSet:
+        """Some of the images, (m,) int64 places."""
+        return FeatureSet([self.files[image] for image in images], self.indices[images], self.shapes, self.open_files)
 
     def read(self, image: int) -> list[np.ndarray]:
         """Levels of one image, each (h*w, C) float16, memory-mapped and read-only."""
