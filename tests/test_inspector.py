@@ -129,8 +129,8 @@ def test_a_model_of_another_version_is_an_error(
 def test_a_model_of_other_weights_is_an_error(inspector: Inspector, tmp_path: Path) -> None:
     facts = {**inspector.facts, "features": "0" * 64}
     other = Inspector(
-        inspector.config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.calibration,
-        inspector.split, facts,
+        inspector.config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.novelty,
+        inspector.calibration, inspector.split, facts,
     )  # fmt: skip
     other.save(tmp_path / "m")
     with pytest.raises(StoreError, match=r"not those it learnt with: see `unispect doctor`"):
@@ -200,8 +200,8 @@ def test_what_is_no_image_is_an_error(inspector: Inspector, source: Any) -> None
 def test_regions_lie_inside_the_image(inspector: Inspector, height: int, width: int, fit: str) -> None:
     config = inspector.config | {"preparation": inspector.config["preparation"] | {"fit": fit}}
     other = Inspector(
-        config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.calibration,
-        inspector.split, inspector.facts,
+        config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.novelty,
+        inspector.calibration, inspector.split, inspector.facts,
     )  # fmt: skip
     finding = other.inspect(noise(height, width))
     assert isinstance(finding, Finding)

@@ -37,7 +37,17 @@ DONE, ANOMALIES, USER_ERROR, BUG, STOPPED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 QUIET = 2.0  # seconds before a bar appears
 CHUNK = 256  # files inspected between two looks at the list of paths
 PICTURED = 100  # findings that keep their map for a report
-COLUMNS = ("path", "anomalous", "score", "threshold", "p_value", "product", "product_probability")
+COLUMNS = (
+    "path",
+    "anomalous",
+    "score",
+    "threshold",
+    "p_value",
+    "product",
+    "product_probability",
+    "unknown",
+    "unknown_p_value",
+)
 BOX = ("left", "top", "right", "bottom", "peak")
 
 app = typer.Typer(
@@ -423,7 +433,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One row an image, its first region in it.")] = False,
     report: Annotated[Path | None, typer.Option("--report", help="HTML file with pictures.")] = None,
-    fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 1 where one is found.")] = False,
+    fail_on_anomaly: Annotated[
+        bool, typer.Option("--fail-on-anomaly", help="Exit with 1 where one, or an unknown product, is found.")
+    ] = False,
     false_alarm_rate: Rate = None,
     strict: Strict = False,
     maps: Annotated[Path | None, typer.Option("--maps", help="Folder for the score maps, one .npy an image.")] = None,
@@ -519,7 +531,7 @@ class _Printer:
 
         if isinstance(result, Finding):
             self.inspected += 1
-            self.anomalous += result.anomalous
+            self.anomalous += result.anomalous or result.unknown
             self._show_finding(result, saved)
         else:
             self.broken += 1
@@ -546,7 +558,8 @@ class _Printer:
 
 def _line(finding: Finding) -> str:
     """A finding for people: path, decision, score, p-value, product, first region."""
-    parts = [str(finding.path), "ANOMALOUS" if finding.anomalous else "normal"]
+    verdict = finding.verdict if finding.verdict == "normal" else finding.verdict.upper()
+    parts = [str(finding.path), verdict]
     parts += [f"score {finding.score:.4g}", f"p {finding.p_value:.3g}"]
     if finding.product is not None:
         parts.append(f"{finding.product} {finding.product_probability or 0:.0%}")

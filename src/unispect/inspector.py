@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from unispect.align.aligners import ALIGNERS, NONE
 from unispect.align.aligners import PROVIDED as OF_ALIGNERS
@@ -28,6 +30,7 @@ from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
+from unispect.decide.unknown import Novelty
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
@@ -43,7 +46,7 @@ from unispect.store import pack_tensors, read_model, unpack_tensors, write_folde
 from unispect.types import Batch, Features, Finding, Region, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
-BESIDE = "aligner."  # names of an aligner's tensors beside those of its detector
+BESIDE = "beside."  # begins the names of tensors that are not the detector's
 MARKS = "marks-2"  # notes in the feature cache: fingerprints of images
 FOLDS = 4  # for an aligner of a detector that learns in passes, unless the settings say otherwise
 MOST_PAIRS = 4096  # images that an aligner learns from at the most
@@ -109,10 +112,19 @@ class SplitSettings:
 
 @dataclass(frozen=True, slots=True)
 class DecisionSettings:
-    """The promise: at most this share of normal images raises an alarm. Regions smaller than min_area pixels go."""
+    """The promise: at most this share of normal images raises an alarm. Regions smaller than min_area pixels go.
+
+    unknown_rate   at most this share of normal images of known products is taken for a product never seen; 0, or too few
+                   calibration images for it: none is, and no image is called unknown
+    """
 
     false_alarm_rate: float = 0.01
+    unknown_rate: float = 0.01
     min_area: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unknown_rate < 1:
+            raise ConfigError(f"unknown_rate: got {self.unknown_rate}, expected a share from 0 to below 1")
 
 
 def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, Any]:
@@ -183,18 +195,20 @@ class Inspector:
         eyes: Engine,
         detector: Detector,
         aligner: Aligner | None,
+        novelty: Novelty,
         calibration: Calibration,
         split: Split,
         facts: Mapping[str, Any],
     ) -> None:
         self.config, self.products, self.split = dict(config), tuple(products), split
         self.engine, self.detector, self.calibration = eyes, detector.eval(), calibration
-        self.aligner = None if aligner is None else aligner.eval()
+        self.aligner, self.novelty = None if aligner is None else aligner.eval(), novelty.eval()
         self.preparation = construct(Preparation, config["preparation"], "preparation")
         self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.facts = dict(facts)
         self.threshold = calibration.images.threshold(self.false_alarm_rate)
         self.pixel_threshold = calibration.pixels.threshold(self.false_alarm_rate)
+        self.unknown_threshold = _unknown_threshold(calibration, float(self.decision.unknown_rate))
 
     @property
     def false_alarm_rate(self) -> float:
@@ -264,16 +278,17 @@ class Inspector:
         for batch in loader:
             chosen = batch.index.tolist()
             names = [records[index].product for index in chosen]
-            scores, told = self._scored(batch.images, names if given else None)
+            scores, novelty, told = self._scored(batch.images, names if given else None)
             for place, index in enumerate(chosen):
                 while done < index:
                     yield records[done], loader.failures[failed], None
                     done, failed = done + 1, failed + 1
                 path, size = str(records[index].path), loader.sizes[index]
-                found = self._finding(path, scores, place, size)
+                strange = float(novelty[place])
+                found = self._finding(path, scores, place, size, strange)
                 other = found if given and names[place] in self.products else None
                 if place in told:
-                    other = self._finding(path, *told[place], size)
+                    other = self._finding(path, *told[place], size, strange)
                 yield records[index], found, other
                 done = index + 1
         for missing in range(done, len(records)):
@@ -299,17 +314,18 @@ class Inspector:
         array = decode(Path(source) if isinstance(source, str) else source)
         images = torch.from_numpy(self.preparation.image(array))[None]
         name = str(source) if isinstance(source, Path | str) else None
-        return self._finding(name, self._scored(images)[0], 0, (array.shape[1], array.shape[0]))
+        scores, novelty, _ = self._scored(images)
+        return self._finding(name, scores, 0, (array.shape[1], array.shape[0]), float(novelty[0]))
 
     @torch.inference_mode()
     def _scored(
         self, images: torch.Tensor, names: Sequence[str | None] | None = None
-    ) -> tuple[Scores, dict[int, tuple[Scores, int]]]:
-        """Scores without a label and, where names are given, other scores and a row in them for the images whose named
-        product is not the one that they were taken for: told their product, all others score as they do anyway."""
+    ) -> tuple[Scores, torch.Tensor, dict[int, tuple[Scores, int]]]:
+        """Scores without a label, novelty and, where names are given, other scores and a row in them for the images whose
+        named product is not the one that they were taken for: told their product, all others score as they do anyway."""
         features = self.engine(images)
         plain: Scores = self.detector(features)
-        scores = _aligned(self.aligner, features, plain)
+        scores, novelty = _aligned(self.aligner, features, plain), self.novelty(features)
         known = {place: self.products.index(name) for place, name in enumerate(names or ()) if name in self.products}
         if _takes_product(self.aligner):
             places = list(known)
@@ -317,9 +333,9 @@ class Inspector:
             guess = [None] * len(images) if scores.products is None else scores.products.argmax(1).tolist()
             places = [place for place, number in known.items() if number != guess[place]]
         if not places:
-            return scores, {}
+            return scores, novelty, {}
         told = self._told([level[places] for level in features], plain.of(places), [known[place] for place in places])
-        return scores, {place: (told, row) for row, place in enumerate(places)}
+        return scores, novelty, {place: (told, row) for row, place in enumerate(places)}
 
     def _told(self, features: Features, plain: Scores, products: Sequence[int]) -> Scores:
         """Scores under products: an aligner that can be told them is, else the detector, before it is aligned."""
@@ -330,10 +346,11 @@ class Inspector:
             plain = self.detector.forward_given(features, numbers)
         return _aligned(self.aligner, features, plain)
 
-    def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int]) -> Finding:
+    def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int], novelty: float) -> Finding:
         score = float(scores.image[place])
         scaled = self.calibration.scaled(scores.maps[place].numpy(), self.pixel_threshold)
-        product, probability = self._resembles(scores, place)
+        unknown = novelty > self.unknown_threshold
+        product, probability = (None, None) if unknown else self._resembles(scores, place)
         alarm = score > self.threshold
         return Finding(
             path=path,
@@ -348,6 +365,8 @@ class Inspector:
             width=size[0],
             height=size[1],
             unaligned=None if scores.unaligned is None else float(scores.unaligned[place]),
+            unknown=unknown,
+            unknown_p_value=self.calibration.strangers.p_value(novelty),
         )
 
     def _resembles(self, scores: Scores, place: int) -> tuple[str | None, float | None]:
@@ -406,7 +425,7 @@ class Inspector:
         """
         files = {
             "config.toml": write_toml(self.config).encode(),
-            "weights.safetensors": pack_tensors(_state(self.detector, self.aligner)),
+            "weights.safetensors": pack_tensors(_state(self.detector, self.aligner, self.novelty)),
             "calibration.json": _json(self.calibration.as_dict()),
             "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
             "card.md": self.card().encode(),
@@ -430,8 +449,9 @@ class Inspector:
             )
         detector = build(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
         aligner = build_aligner(config, about["facts"].get("view", 0), len(about["products"]))
+        novelty = Novelty(tuple(shape[0] for shape in about["facts"]["shapes"]), len(about["products"]))
         try:
-            _fill(detector, aligner, unpack_tensors(files["weights.safetensors"]))
+            _fill(detector, aligner, novelty, unpack_tensors(files["weights.safetensors"]))
         except RuntimeError as error:
             raise StoreError(
                 f"{path}: the weights are not those of method {config['method']!r} in this version of unispect: "
@@ -439,7 +459,7 @@ class Inspector:
             ) from error
         calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
-        return cls(config, about["products"], eyes, detector, aligner, calibration, split, about["facts"])
+        return cls(config, about["products"], eyes, detector, aligner, novelty, calibration, split, about["facts"])
 
     def with_false_alarm_rate(self, rate: float) -> Inspector:
         """The same model under another promise; nothing is learnt anew.
@@ -447,7 +467,7 @@ class Inspector:
         Raises CalibrationError where the calibration images cannot support it.
         """
         config = merge(self.config, {"decision": {"false_alarm_rate": rate}})
-        parts = self.engine, self.detector, self.aligner
+        parts = self.engine, self.detector, self.aligner, self.novelty
         return Inspector(config, self.products, *parts, self.calibration, self.split, self.facts)
 
     def with_product(
@@ -476,15 +496,17 @@ class Inspector:
             raise ConfigError(f"product {name!r}: the model {why}")
         own = [renamed(record, product=name) for record in records if record.split == "train"]
         run = _Fit(self.config, cache or FeatureCache(), None, strict, progress)
-        part, split, facts = run.run_more(own, self.engine)
+        part, new, split, facts = run.run_more(own, self.engine)
         if facts["shapes"] != self.facts["shapes"]:
             raise DataError(f"product {name!r}: its features are {facts['shapes']}, expected {self.facts['shapes']}")
-        detector = deepcopy(holding)
+        detector, novelty = deepcopy(holding), deepcopy(self.novelty)
         detector.add(part)
+        novelty.add(new)
         if replace:
             detector.remove(self.products.index(name))
+            novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
-        calibration, notes = run.calibrate_more(detector, split, self.engine)
+        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine)
         old, scores, known = self._without(name) if replace else (self.split, self.calibration, self.facts)
         merged = _split_of(
             {role: getattr(old, role) + getattr(split, role) for role in ROLES}, {**old.hashes, **split.hashes}
@@ -492,7 +514,7 @@ class Inspector:
         about = known | {"failures": known["failures"] + notes["failures"], "marks": known["marks"] | notes["marks"]}
         names = [other for other in self.products if other != name]
         joined = scores.with_also(calibration)
-        return Inspector(self.config, [*names, name], self.engine, detector, None, joined, merged, about)
+        return Inspector(self.config, [*names, name], self.engine, detector, None, novelty, joined, merged, about)
 
     def without_product(self, name: str) -> Inspector:
         """The same model without a product, whose images and scores leave it, too.
@@ -505,12 +527,13 @@ class Inspector:
             raise ConfigError(unknown_name("product", name, self.products))
         if len(self.products) == 1:
             raise ConfigError(f"product {name!r} is the only one that the model knows: a model of nothing can judge nothing")
-        detector = deepcopy(holding)
+        detector, novelty = deepcopy(holding), deepcopy(self.novelty)
         detector.remove(self.products.index(name))
+        novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
         split, calibration, facts = self._without(name)
         names = [known for known in self.products if known != name]
-        return Inspector(self.config, names, self.engine, detector, None, calibration, split, facts)
+        return Inspector(self.config, names, self.engine, detector, None, novelty, calibration, split, facts)
 
     def _without(self, name: str) -> tuple[Split, Calibration, dict[str, Any]]:
         """The images, calibration scores and facts of all other products."""
@@ -566,10 +589,14 @@ class Inspector:
             f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring.",
             f"- Scores of products are brought to one scale by: {_alignment(self.config)}.",
             f"- Seed {self.config['seed']}; {_learning(self.facts)}",
-            "- Not covered: products it has never seen, changes of camera, light or lens.",
+            f"- A product it has never seen: {_strangers(self.unknown_threshold, float(self.decision.unknown_rate))}",
+            "- Not covered: changes of camera, light or lens.",
             "",
         ]
         return "\n".join(lines)
+
+
+NUMBERS = ("scores", "peaks", "medians", "novelty")  # of a calibration, image by image
 
 
 @dataclass(frozen=True, eq=False)
@@ -579,12 +606,14 @@ class Calibration:
     scores     (n,) of the images
     peaks      (n,) of the highest place of each map
     medians    (n,) of the median place of each map
+    novelty    (n,) how unlike every known product each image is
     products   name of each image's product; None where the data names none
     """
 
     scores: np.ndarray
     peaks: np.ndarray
     medians: np.ndarray
+    novelty: np.ndarray
     products: tuple[str | None, ...]
 
     @cached_property
@@ -596,6 +625,11 @@ class Calibration:
     def pixels(self) -> ConformalRule:
         """The rule for places: that of the highest place of an image."""
         return ConformalRule(self.peaks)
+
+    @cached_property
+    def strangers(self) -> ConformalRule:
+        """The rule for products never seen."""
+        return ConformalRule(self.novelty)
 
     @cached_property
     def median(self) -> float:
@@ -612,6 +646,7 @@ class Calibration:
             np.concatenate((self.scores, other.scores)),
             np.concatenate((self.peaks, other.peaks)),
             np.concatenate((self.medians, other.medians)),
+            np.concatenate((self.novelty, other.novelty)),
             self.products + other.products,
         )
 
@@ -619,11 +654,11 @@ class Calibration:
         """The images of all other products."""
         kept = np.array([name != product for name in self.products], bool)
         names = tuple(name for name in self.products if name != product)
-        return Calibration(self.scores[kept], self.peaks[kept], self.medians[kept], names)
+        return Calibration(self.scores[kept], self.peaks[kept], self.medians[kept], self.novelty[kept], names)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; every score comes back bit by bit."""
-        numbers = {name: getattr(self, name).tolist() for name in ("scores", "peaks", "medians")}
+        numbers = {name: getattr(self, name).tolist() for name in NUMBERS}
         return {"rule": "conformal"} | numbers | {"products": list(self.products)}
 
     @classmethod
@@ -633,17 +668,17 @@ class Calibration:
         Raises StoreError where it is damaged or of an older unispect.
         """
         try:
-            scores, peaks, medians = (np.array(table[name], np.float64) for name in ("scores", "peaks", "medians"))
+            numbers = {name: np.array(table[name], np.float64) for name in NUMBERS}
             names = tuple(table["products"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"the calibration is damaged or of an older unispect ({error!r}): fit the model again"
             ) from error
-        if table.get("rule") != "conformal" or not len(scores) == len(peaks) == len(medians) == len(names):
+        if table.get("rule") != "conformal" or {len(values) for values in numbers.values()} != {len(names)}:
             raise StoreError(
                 f"the calibration has rule={table.get('rule')!r} and lists of unlike length: fit the model again"
             )
-        return cls(scores, peaks, medians, names)
+        return cls(**numbers, products=names)
 
 
 class _Fit:
@@ -666,20 +701,23 @@ class _Fit:
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names))
-        calibration = self._calibrate(detector, aligner, split, eyes)
+        novelty = _acquainted(seen_by["train"], len(names))
+        calibration = self._calibrate(detector, aligner, novelty, split, eyes)
         self._check_calibration(calibration)
         about = facts | seen | self._notes()
-        return Inspector(self.config, names, eyes, detector, aligner, calibration, split, about)
+        return Inspector(self.config, names, eyes, detector, aligner, novelty, calibration, split, about)
 
-    def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Split, dict[str, Any]]:
+    def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Novelty, Split, dict[str, Any]]:
         """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
         split = self._split(data)
-        _, detector, facts, _ = self._learnt(split, eyes)
-        return detector.eval(), split, facts
+        _, detector, facts, seen_by = self._learnt(split, eyes)
+        return detector.eval(), _acquainted(seen_by["train"], 1), split, facts
 
-    def calibrate_more(self, detector: Detector, split: Split, eyes: Engine) -> tuple[Calibration, dict[str, Any]]:
+    def calibrate_more(
+        self, detector: Detector, novelty: Novelty, split: Split, eyes: Engine
+    ) -> tuple[Calibration, dict[str, Any]]:
         """Scores of the calibration images of a split, and what is to be noted of all images."""
-        return self._calibrate(detector, None, split, eyes), self._notes()
+        return self._calibrate(detector, None, novelty, split, eyes), self._notes()
 
     def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
         """The detector trained on a split, watched, and what the loop saw."""
@@ -856,19 +894,24 @@ class _Fit:
         parts = np.split(found, np.cumsum(list(counts.values()))[:-1])
         return names, dict(zip(counts, parts, strict=True)), True
 
-    def _calibrate(self, detector: Detector, aligner: Aligner | None, split: Split, eyes: Engine) -> Calibration:
+    def _calibrate(
+        self, detector: Detector, aligner: Aligner | None, novelty: Novelty, split: Split, eyes: Engine
+    ) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
         images: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
+        strange: list[float] = []
         with torch.inference_mode():
             for _, levels in features.batches(8):
                 scores = _aligned(aligner, levels, detector(levels))
                 images += scores.image.tolist()
                 peaks += scores.maps.flatten(1).amax(1).tolist()
                 medians += scores.maps.flatten(1).median(1).values.tolist()
+                strange += novelty(levels).tolist()
         names = tuple(record.product for record in records)
-        return Calibration(np.array(images), np.array(peaks), np.array(medians), names)
+        numbers = {"scores": images, "peaks": peaks, "medians": medians, "novelty": strange}
+        return Calibration(**{name: np.array(values) for name, values in numbers.items()}, products=names)
 
     def _check_calibration(self, calibration: Calibration) -> None:
         rate, count = self.config["decision"]["false_alarm_rate"], len(calibration.scores)
@@ -898,22 +941,49 @@ def _aligned(aligner: Aligner | None, features: Features, scores: Scores) -> Sco
     return aligned
 
 
+@torch.no_grad()
+def _acquainted(train: Labelled, products: int) -> Novelty:
+    """What tells products never seen from those that were learnt."""
+    novelty = Novelty(tuple(shape[0] for shape in train.features.shapes), products)
+    for features, product in train.batches()():
+        novelty.update(features, product)
+    novelty.finish()
+    return novelty.eval()
+
+
+def _unknown_threshold(calibration: Calibration, rate: float) -> float:
+    """Novelty above which an image shows no known product; infinite where the calibration images cannot support the rate."""
+    if not rate or len(calibration.novelty) < needed(rate):
+        return math.inf
+    return calibration.strangers.threshold(rate)
+
+
+def _strangers(threshold: float, rate: float) -> str:
+    if threshold == math.inf:
+        return f"not told, since nothing was asked for or too few images calibrate unknown_rate={rate}."
+    return f"called unknown, and so are at most {rate:.2%} of normal images of the known products."
+
+
 def _takes_product(aligner: object) -> TypeGuard[AlignsGiven]:
     return isinstance(aligner, AlignsGiven)
 
 
-def _state(detector: Detector, aligner: Aligner | None) -> dict[str, torch.Tensor]:
+def _beside(aligner: Aligner | None, novelty: Novelty) -> nn.ModuleDict:
+    """What is learnt beside a detector, by name."""
+    return nn.ModuleDict({"novelty": novelty} | ({} if aligner is None else {"aligner": aligner}))
+
+
+def _state(detector: Detector, aligner: Aligner | None, novelty: Novelty) -> dict[str, torch.Tensor]:
     """All that was learnt, by name."""
-    more = {} if aligner is None else aligner.state_dict()
+    more = _beside(aligner, novelty).state_dict()
     return {**detector.state_dict(), **{f"{BESIDE}{name}": value for name, value in more.items()}}
 
 
-def _fill(detector: Detector, aligner: Aligner | None, state: Mapping[str, torch.Tensor]) -> None:
+def _fill(detector: Detector, aligner: Aligner | None, novelty: Novelty, state: Mapping[str, torch.Tensor]) -> None:
     """Put what `_state` gave in its place. Raises RuntimeError where it does not fit."""
     detector.load_state_dict({name: value for name, value in state.items() if not name.startswith(BESIDE)})
-    if aligner is not None:
-        own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}
-        aligner.load_state_dict(own)
+    own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}
+    _beside(aligner, novelty).load_state_dict(own)
 
 
 def _evenly(data: Labelled, most: int) -> Labelled:

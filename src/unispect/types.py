@@ -78,6 +78,9 @@ class Finding:
     regions   of an anomalous image; where no place reaches the pixel threshold, the surroundings of the highest
     width, height   of the original image after EXIF rotation, pixels
     unaligned the score before products were brought to one scale: for plots only; None where nothing aligns it
+    unknown   whether it shows a product that the model has never seen: it resembles none, `product` is None, and neither
+              score nor decision is to be relied on
+    unknown_p_value   share of normal images of known products that resemble one as little
     """
 
     path: str | None
@@ -92,6 +95,13 @@ class Finding:
     width: int
     height: int
     unaligned: float | None = None
+    unknown: bool = False
+    unknown_p_value: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two. What is said of a product never seen is no decision about its quality."""
+        return "unknown product" if self.unknown else "anomalous" if self.anomalous else "normal"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the map."""

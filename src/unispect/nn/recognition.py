@@ -52,10 +52,13 @@ class Recogniser(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """(N, K) log-probabilities; the largest is the guess."""
-        levels = pooled(features)
-        likelihoods = torch.stack([self._product(y)(levels) for y in range(len(self.products))], dim=1)
-        normalised: Tensor = likelihoods.double().log_softmax(1).float()
+        normalised: Tensor = self.likelihoods(features).double().log_softmax(1).float()
         return normalised
+
+    def likelihoods(self, features: Features) -> Tensor:
+        """(N, K) log-likelihoods under each product, up to a constant."""
+        levels = pooled(features)
+        return torch.stack([self._product(y)(levels) for y in range(len(self.products))], dim=1)
 
     def add(self, other: Recogniser) -> None:
         """The products of another, after one's own."""

@@ -358,14 +358,16 @@ def _finding_card(finding: Finding, preparation: Preparation | None) -> Card:
     """An image without a label."""
     path = Path(finding.path) if finding.path else None
     name = "/".join(path.parts[-2:]) if path else "image without a file"
-    outcome = "anomalous" if finding.anomalous else "normal"
     pictures = _pictures(path, finding, None, preparation, name)
-    return Card(name, outcome, "bad" if finding.anomalous else "plain", _facts(finding), pictures)
+    tone = "plain" if finding.verdict == "normal" else "bad"
+    return Card(name, finding.verdict, tone, _facts(finding), pictures)
 
 
 def _facts(finding: Finding) -> tuple[str, ...]:
     """Score, p-value, likeness and regions in words."""
     told = [f"score {finding.score:.4g}, threshold {finding.threshold:.4g}, p = {finding.p_value:.3g}"]
+    if finding.unknown:
+        told.append(f"resembles no known product, p = {finding.unknown_p_value:.3g}")
     if finding.product is not None:
         sure = "" if finding.product_probability is None else f" ({percent(finding.product_probability)})"
         told.append(f"looks like {finding.product}{sure}")
@@ -415,10 +417,13 @@ def _covered(finding: Finding, preparation: Preparation | None) -> overlay.Box:
 
 def _findings_sentences(ranked: Sequence[Finding], failures: Sequence[Failure]) -> list[str]:
     """What was found, in plain words."""
-    count = sum(finding.anomalous for finding in ranked)
+    count = sum(finding.verdict == "anomalous" for finding in ranked)
+    strange = sum(finding.unknown for finding in ranked)
     images = "1 image" if len(ranked) == 1 else f"{len(ranked)} images"
     verb = "is" if count == 1 else "are"
     told = [f"Of {images}, {count or 'none'} {verb} anomalous." if ranked else "No image was inspected."]
+    if strange:
+        told.append(f"{strange} {'shows' if strange == 1 else 'show'} a product that the model has never seen.")
     if failures:
         files = "1 file" if len(failures) == 1 else f"{len(failures)} files"
         told.append(f"{files} could not be read.")
@@ -429,7 +434,7 @@ def _findings_sheet(ranked: Sequence[Finding]) -> Sheet:
     rows = tuple(
         (
             finding.path or "–",
-            "anomalous" if finding.anomalous else "normal",
+            finding.verdict,
             finding.product or "–",
             f"{finding.score:.4g}",
             f"{finding.p_value:.3g}",
@@ -452,9 +457,10 @@ def _shortened(ranked: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def _finding_groups(ranked: Sequence[Finding], preparation: Preparation | None) -> Iterator[Group]:
-    """Anomalous images, then the others."""
-    for heading, wanted in (("Anomalous images", True), ("Normal images", False)):
-        cards = tuple(_finding_card(one, preparation) for one in ranked[:MOST] if one.anomalous is wanted)
+    """Anomalous images, those of unknown products, then the others."""
+    headings = {"anomalous": "Anomalous images", "unknown product": "Unknown products", "normal": "Normal images"}
+    for verdict, heading in headings.items():
+        cards = tuple(_finding_card(one, preparation) for one in ranked[:MOST] if one.verdict == verdict)
         if cards:
             yield Group(heading, "Highest scores first.", cards[:SHOWN], cards[SHOWN:])
 
