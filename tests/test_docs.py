@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import unispect
+from unispect.align.aligners import NONE
+from unispect.align.aligners import build as build_aligner
 from unispect.config import read_toml
 from unispect.detectors.hgad import HGAD
 from unispect.detectors.methods import build
@@ -54,11 +56,14 @@ def test_the_published_file_builds_the_published_model() -> None:
 def test_every_file_of_settings_builds_its_model(file: Path) -> None:
     """With shapes like those of its backbone, on no memory."""
     table = complete(file)
-    shapes = [(8, 4, 4) for _ in table["features"]["layers"]] + [(6, 1, 1) for _ in table["features"]["pooled"]]
+    sides = [2 ** (5 - number) for number in range(len(table["features"]["layers"]))]
+    shapes = [(8, side, side) for side in sides] + [(6, 1, 1) for _ in table["features"]["pooled"]]
     if table["features"]["backbone"] == "pixels":
         shapes = [(3, table["preparation"]["size"], table["preparation"]["size"])]
     with torch.device("meta"):
         assert build(table, shapes, products=3)
+        if table["aligner"] != NONE:
+            assert build_aligner(table, channels=16, products=3)
 
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
