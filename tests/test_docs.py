@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import unispect
 from unispect.align.aligners import NONE
@@ -59,9 +60,11 @@ def test_every_file_of_settings_builds_its_model(file: Path) -> None:
     sides = [2 ** (5 - number) for number in range(len(table["features"]["layers"]))]
     shapes = [(8, side, side) for side in sides] + [(6, 1, 1) for _ in table["features"]["pooled"]]
     if table["features"]["backbone"] == "pixels":
-        shapes = [(3, table["preparation"]["size"], table["preparation"]["size"])]
+        shapes = []
+    if table["features"]["backbone"] == "pixels" or table["features"]["image"]:
+        shapes += [(3, table["preparation"]["size"], table["preparation"]["size"])]
     with torch.device("meta"):
-        assert build(table, shapes, products=3)
+        assert build(table, shapes, products=3, encoder=nn.Identity())
         if table["aligner"] != NONE:
             assert build_aligner(table, channels=16, products=3)
 

@@ -965,6 +965,19 @@ PAPERS = {
   note = {arXiv:2106.08265}
 }""",
     ),
+    "recontrast": Paper(
+        "ReContrast: Domain-Specific Anomaly Detection via Contrastive Reconstruction",
+        "https://arxiv.org/abs/2306.02602",
+        "what a decoder cannot predict of a frozen encoder from a trained one, and of the trained one from the frozen",
+        """\
+@inproceedings{guo2023recontrast,
+  title = {{ReContrast}: Domain-Specific Anomaly Detection via Contrastive Reconstruction},
+  author = {Guo, Jia and Lu, Shuai and Jia, Lize and Zhang, Weihang and Li, Huiqi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2023},
+  note = {arXiv:2306.02602}
+}""",
+    ),
     "revdist": Paper(
         "Anomaly Detection via Reverse Distillation from One-Class Embedding",
         "https://arxiv.org/abs/2201.10703",

@@ -35,9 +35,9 @@ from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, R
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
 from unispect.features.cache import FeatureCache, FeatureSet
-from unispect.features.engine import Engine, engine
+from unispect.features.engine import Engine, WithImage, engine
 from unispect.features.pixels import PixelExtractor
-from unispect.features.pyramid import PyramidExtractor
+from unispect.features.pyramid import PyramidExtractor, TrainedEncoder
 from unispect.fit import BATCH, History, Labelled, Watch, fit, learn
 from unispect.metrics.regions import regions
 from unispect.nn.alignment import deal
@@ -60,6 +60,8 @@ class FeatureSettings:
     """Which frozen network looks at the images, and how (see features.pyramid and features.engine).
 
     With the backbone "pixels" it is none: the image itself is the one level, in torch.
+
+    image   the image itself comes after all levels, for a detector that trains an encoder
     """
 
     backbone: str = "tf_efficientnet_lite0"
@@ -69,6 +71,7 @@ class FeatureSettings:
     pooled: tuple[str, ...] = ("blocks.5", "blocks.6")
     weights: str = "auto"
     padding: str = "zeros"
+    image: bool = False
     engine: str = "auto"
     precision: str = "f32"
 
@@ -79,7 +82,8 @@ class FeatureSettings:
         extractor = PyramidExtractor(
             self.backbone, self.layers, self.scales, self.pooled, self.weights, self.joined, self.padding
         )
-        return engine(extractor, self.engine, self.precision)
+        found = engine(extractor, self.engine, self.precision)
+        return WithImage(found) if self.image else found
 
     def _pixels(self) -> Engine:
         needed = asdict(FeatureSettings("pixels", layers=(), pooled=(), engine=self.engine))
@@ -447,7 +451,7 @@ class Inspector:
                 f"{path}: the weights of {config['features']['backbone']} on this machine are not those it learnt with: "
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
-        detector = build(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]))
+        detector = _empty(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]), eyes)
         aligner = build_aligner(config, about["facts"].get("view", 0), len(about["products"]))
         novelty = Novelty(tuple(shape[0] for shape in about["facts"]["shapes"]), len(about["products"]))
         try:
@@ -700,7 +704,7 @@ class _Fit:
             ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         names, detector, facts, seen_by = self._learnt(split, eyes)
-        aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names))
+        aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
         novelty = _acquainted(seen_by["train"], len(names))
         calibration = self._calibrate(detector, aligner, novelty, split, eyes)
         self._check_calibration(calibration)
@@ -739,7 +743,7 @@ class _Fit:
         }
         _check_enough(data["train"].product, names)
         shapes = data["train"].features.shapes
-        detector = build(self.config, shapes, len(names))
+        detector = _empty(self.config, shapes, len(names), eyes)
         identity = self._identity(split, eyes)
         history, passes = self._learn(detector, data["train"], data.get("held_out"), self.checkpoint, identity, watch)
         about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
@@ -748,7 +752,7 @@ class _Fit:
     # The aligner.
 
     def _learnt_aligner(
-        self, detector: Detector, data: Mapping[str, Labelled], products: int
+        self, detector: Detector, data: Mapping[str, Labelled], products: int, eyes: Engine
     ) -> tuple[Aligner | None, dict[str, Any]]:
         """The aligner that the settings ask for, and the channels that it reads."""
         if self.config["aligner"] == NONE:
@@ -758,10 +762,10 @@ class _Fit:
             channels = width(features, detector(features))
         aligner = build_aligner(self.config, channels, products)
         assert aligner is not None
-        aligner.learn(self._pairs(detector, data, products, aligner.grid))
+        aligner.learn(self._pairs(detector, data, products, eyes, aligner.grid))
         return aligner.eval(), {"view": channels}
 
-    def _pairs(self, detector: Detector, data: Mapping[str, Labelled], products: int, grid: int) -> Pairs:
+    def _pairs(self, detector: Detector, data: Mapping[str, Labelled], products: int, eyes: Engine, grid: int) -> Pairs:
         """Views and scores of images that the detector that scored them had not learnt from."""
         folds, train = self.config["split"]["folds"], data["train"]
         if not folds:
@@ -770,7 +774,7 @@ class _Fit:
         dealt = deal(torch.from_numpy(train.product), torch.from_numpy(unit), folds, self.config["seed"]).numpy()
         parts = []
         for fold in range(folds):
-            other = build(self.config, train.features.shapes, products)
+            other = _empty(self.config, train.features.shapes, products, eyes)
             self._learn(other, train.part(np.flatnonzero(dealt != fold)), data.get("held_out"), None, "", None)
             scored = _evenly(train.part(np.flatnonzero(dealt == fold)), MOST_PAIRS // folds)
             parts.append(self._watched(detector, other.eval(), scored, grid))
@@ -927,6 +931,20 @@ class _Fit:
     def _identity(self, split: Split, eyes: Engine) -> str:
         about = {"config": self.config, "split": split.as_dict(), "features": eyes.fingerprint}
         return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _empty(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int, eyes: Engine) -> Detector:
+    """The detector that the settings describe, before it has learnt anything."""
+    method = config["method"]
+    if not METHODS[method].trains_encoder:
+        return build(config, shapes, products)
+    if not config["features"].get("image") or not isinstance(eyes.extractor, PyramidExtractor):
+        raise ConfigError(
+            f"features: {method} trains a copy of the backbone and needs the image, so features.image must be true and "
+            f"features.backbone a network; got image={_shown(config['features']['image'])}, "
+            f"backbone={_shown(config['features']['backbone'])}"
+        )
+    return build(config, shapes, products, TrainedEncoder(eyes.extractor))
 
 
 def _shown(value: Any) -> str:

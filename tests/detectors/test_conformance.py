@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from planted import labelled
 from unispect.detectors.base import Detector, GradientDetector, Recipe, StatisticalDetector
@@ -29,6 +29,7 @@ MAPS = Recipe(steps=40, images=12, checks=2, learning_rate=3e-3)
 IMAGES = Recipe(steps=300, images=20, checks=2, learning_rate=5e-3, schedule="drop")
 TOKENS = Recipe(steps=60, images=12, checks=2, learning_rate=3e-3, rule="adamw", clip=1.0, schedule="drop")
 WHOLE = Recipe(steps=140, images=24, checks=2, learning_rate=3e-3, beta1=0.9, beta2=0.999, decay=0.0, schedule="drop")
+BOTH = Recipe(steps=160, images=20, checks=2, learning_rate=5e-3, rule="adamw", schedule="drop")
 NOISE = {"features": 1.0, "calm": 0.3}
 PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02}
 
@@ -38,7 +39,8 @@ class Case:
     """A method, its options and training, and the defect that it should see: "far" from everything that is normal,
     half-way "between" two products, since HGAD's published score wants what is unlikely and of uncertain product, or as
     far in every level, "large", since SPADE's image score looks at pooled levels only. Its world is one of "features", of
-    "calm" features with little noise for what learns to give them back, or of "pixels" for what looks at images itself."""
+    "calm" features with little noise for what learns to give them back, of "pixels" for what looks at images itself, or of
+    "encoded" images, which come after the features of a small encoder."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +68,8 @@ CASES = [
     Case("padim", {"dimension": 12}),
     Case("patchcore"),
     Case("patchcore", {"distance": "squared", "reweighting": "softmax"}),
+    Case("recontrast", recipe=BOTH, world="encoded"),
+    Case("recontrast", {"activation": "relu", "joined": "sum", "top": 0.0}, BOTH, world="encoded"),
     Case("revdist", recipe=IMAGES, world="calm"),
     Case("revdist", {"activation": "relu", "joined": "sum", "top": 0.0}, IMAGES, world="calm"),
     Case("spade", defect="large", random=False),
@@ -84,6 +88,7 @@ SMALL = {
     "opca": {"map_side": SIDE, "sigma": 1.0},
     "padim": {"map_side": SIDE, "sigma": 1.0},
     "patchcore": {"map_side": SIDE, "sigma": 1.0, "dimension": 32, "coreset": 0.5},
+    "recontrast": {"map_side": SIDE, "sigma": 1.0, "depths": [1, 1]},
     "revdist": {"map_side": SIDE, "sigma": 1.0, "depths": [1, 1]},
     "spade": {"map_side": SIDE, "sigma": 1.0},
     "uniad": {
@@ -113,9 +118,32 @@ def centres() -> Features:
     ]
 
 
+class Encoder(nn.Module):
+    """Images (N, 3, 32, 32) -> levels (N, 8, 4, 4) and (N, 12, 2, 2), with weights that are always the same at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 8, 8, stride=8), nn.Conv2d(8, 12, 2, stride=2)
+
+    def forward(self, images: Tensor) -> Features:
+        first = self.first(images).tanh()
+        return [first, self.second(first).tanh()]
+
+
+def encoded(images: Tensor) -> Features:
+    """The levels of a frozen encoder, and the images."""
+    with torch.no_grad():
+        return [*Encoder()(images), images]
+
+
 def normal(count: int, seed: int, world: str = "features") -> tuple[Features, Tensor]:
     """Normal images of a world, and the product of each."""
-    return pictures(count, seed) if world == "pixels" else normal_features(count, seed, NOISE[world])
+    if world in NOISE:
+        return normal_features(count, seed, NOISE[world])
+    levels, product = pictures(count, seed)
+    return encoded(levels[0]) if world == "encoded" else levels, product
 
 
 def normal_features(count: int, seed: int, spread: float) -> tuple[Features, Tensor]:
@@ -131,7 +159,10 @@ def normal_features(count: int, seed: int, spread: float) -> tuple[Features, Ten
 
 def defective(count: int, seed: int, kind: str = "far", world: str = "features") -> tuple[Features, Tensor]:
     """Normal images of a world with a defect, and its place on a 4 x 4 grid."""
-    return spotted(count, seed) if world == "pixels" else defective_features(count, seed, kind, NOISE[world])
+    if world in NOISE:
+        return defective_features(count, seed, kind, NOISE[world])
+    levels, place = spotted(count, seed)
+    return encoded(levels[0]) if world == "encoded" else levels, place
 
 
 def defective_features(count: int, seed: int, kind: str, spread: float) -> tuple[Features, Tensor]:
@@ -180,10 +211,11 @@ def planted(count: int, seed: int, world: str) -> Labelled:
 def empty(case: int, seed: int = 0) -> Detector:
     """The detector before it has learnt; members of an ensemble are small, too."""
     chosen = CASES[case]
-    shapes = [IMAGE] if chosen.world == "pixels" else SHAPES
+    shapes = {"pixels": [IMAGE], "encoded": [*SHAPES[:2], IMAGE]}.get(chosen.world, SHAPES)
+    encoder = Encoder() if chosen.world == "encoded" else None
     own = SMALL[chosen.method] | chosen.options
     given = {name: SMALL[name] for name in sections(chosen.method, own)} | {chosen.method: own}
-    return build(complete({"method": chosen.method, "seed": seed} | given), shapes, PRODUCTS)
+    return build(complete({"method": chosen.method, "seed": seed} | given), shapes, PRODUCTS, encoder)
 
 
 def learnt(case: int, seed: int = 0) -> Detector:

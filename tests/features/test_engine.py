@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unispect.errors import ConfigError, MissingExtraError
 from unispect.features.base import Extractor
-from unispect.features.engine import Engine, available_cores, engine
+from unispect.features.engine import Engine, WithImage, available_cores, engine
 from unispect.features.pyramid import PyramidExtractor
 
 
@@ -156,3 +156,13 @@ def test_only_batches_of_bytes_are_images(resnet: Extractor, images: Tensor) -> 
 
 def test_at_least_one_core() -> None:
     assert available_cores() >= 1
+
+
+def test_the_image_comes_after_all_levels_and_is_part_of_the_function(openvino_lite: Engine) -> None:
+    both, images = WithImage(openvino_lite), _images(2)
+    *levels, image = both(images)
+    assert all(torch.equal(level, other) for level, other in zip(levels, openvino_lite(images), strict=True))
+    assert torch.equal((255 * image).round().to(torch.uint8), images)
+    assert torch.equal((255 * image.half().float()).round().to(torch.uint8), images)
+    assert both.fingerprint != openvino_lite.fingerprint
+    assert both.name == openvino_lite.name

@@ -4,7 +4,7 @@ from torch.nn.functional import interpolate
 
 from unispect.errors import ConfigError
 from unispect.features.backbones import Backbone
-from unispect.features.pyramid import PyramidExtractor
+from unispect.features.pyramid import PyramidExtractor, TrainedEncoder
 
 LITE = "tf_efficientnet_lite0"
 
@@ -97,3 +97,19 @@ def test_joined_layers_are_one_level_a_scale_on_the_largest_grid() -> None:
     assert joined.level_names == ("blocks.2+blocks.4", "blocks.2+blocks.4@0.5", "pool:blocks.6")
     assert joined.channels == tuple(level.shape[1] for level in found)
     assert joined.fingerprint != apart.fingerprint
+
+
+def test_an_encoder_to_train_begins_as_the_extractor_and_leaves_it_alone() -> None:
+    """Bit by bit, from pixels in half precision, too."""
+    extractor, images = PyramidExtractor(LITE, ["blocks.2", "blocks.4"]), _images()
+    encoder, pixels = TrainedEncoder(extractor).train(), images / 255
+    expected = extractor(images)
+    for given in (pixels, pixels.half().float()):
+        assert all(torch.equal(level, other) for level, other in zip(encoder(given), expected, strict=True))
+    assert not any(module.training for module in encoder.extractor.backbone.modules())
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            assert parameter.requires_grad
+            parameter += 1
+    assert all(torch.equal(level, other) for level, other in zip(extractor(images), expected, strict=True))
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())

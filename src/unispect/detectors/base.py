@@ -138,10 +138,13 @@ class Detector(nn.Module, ABC):
 
     wants   defaults that the method has for other sections of the settings, section by section
     local   whether its map says where a defect is; otherwise an ensemble goes by its image score alone
+    trains_encoder   whether it is built with a copy of the network that its features come from, as `encoder`, and the
+            image is its last level
     """
 
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     local: bool = True
+    trains_encoder: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, features: Features) -> Scores:

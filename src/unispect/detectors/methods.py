@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from unispect.config import construct
 from unispect.detectors.base import Detector, StatisticalDetector
 from unispect.detectors.cflow import CFLOW
@@ -16,6 +18,7 @@ from unispect.detectors.neighbours import Neighbours
 from unispect.detectors.opca import OPCA
 from unispect.detectors.padim import PaDiM
 from unispect.detectors.patchcore import PatchCore
+from unispect.detectors.recontrast import ReContrast
 from unispect.detectors.revdist import RevDist
 from unispect.detectors.spade import SPADE
 from unispect.detectors.uniad import UniAD
@@ -32,11 +35,12 @@ METHODS: dict[str, type[Detector]] = {
     "opca": OPCA,
     "padim": PaDiM,
     "patchcore": PatchCore,
+    "recontrast": ReContrast,
     "revdist": RevDist,
     "spade": SPADE,
     "uniad": UniAD,
 }
-PROVIDED = ("shapes", "products", "parts", "seed")  # constructor arguments that are no settings
+PROVIDED = ("shapes", "products", "parts", "encoder", "seed")  # constructor arguments that are no settings
 
 
 def sections(method: str, own: Mapping[str, Any]) -> list[str]:
@@ -44,9 +48,16 @@ def sections(method: str, own: Mapping[str, Any]) -> list[str]:
     return [method, *(_members(own) if method == "ensemble" else ())]
 
 
-def build(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
-    """The detector that a complete table of settings describes, before it has learnt anything."""
+def build(
+    config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int, encoder: nn.Module | None = None
+) -> Detector:
+    """The detector that a complete table of settings describes, before it has learnt anything.
+
+    encoder   a copy of the network that the features come from, for a method that trains one
+    """
     method = config["method"]
+    if METHODS[method].trains_encoder:
+        return _single(config, method, shapes, products, encoder=encoder)
     if method != "ensemble":
         return _single(config, method, shapes, products)
     plain = {"map_side": finest(shapes), "sigma": 0.0}
@@ -58,8 +69,9 @@ def build(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products
     return construct(Ensemble, config[method], method, parts=parts, **provided)
 
 
-def _single(config: Mapping[str, Any], name: str, shapes: Sequence[tuple[int, ...]], products: int) -> Detector:
-    return construct(METHODS[name], config[name], name, shapes=tuple(shapes), products=products, seed=config["seed"])
+def _single(config: Mapping[str, Any], name: str, shapes: Sequence[tuple[int, ...]], products: int, **more: Any) -> Detector:
+    provided = {"shapes": tuple(shapes), "products": products, "seed": config["seed"]} | more
+    return construct(METHODS[name], config[name], name, **provided)
 
 
 def _members(own: Mapping[str, Any]) -> Sequence[str]:

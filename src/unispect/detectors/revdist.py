@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from unispect.detectors.base import Group, ImageDetector, Pass, check_choices, check_counts, check_shares, with_places
-from unispect.nn.decoder import ACTIVATIONS, Bottleneck, Decoder, global_cosine, place_distance
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.decoder import ACTIVATIONS, JOINED, Bottleneck, Decoder, global_cosine, joined_distance
+from unispect.nn.maps import blurred, top_mean
 from unispect.types import Features, Scores
 
-CHOICES = {"activation": tuple(ACTIVATIONS), "joined": ("sum", "mean")}
+CHOICES = {"activation": tuple(ACTIVATIONS), "joined": JOINED}
 
 
 class Student(nn.Module):
@@ -127,10 +127,3 @@ class RevDist(ImageDetector):
         maps = blurred(joined_distance(levels, again, self.map_side, self.joined), self.sigma)
         image = top_mean(maps, self.top) if self.top else maps.flatten(1).amax(1)
         return Scores(image, maps, context=narrow)
-
-
-def joined_distance(encoder: Features, decoder: Features, side: int, joined: str) -> Tensor:
-    """Sum or mean over pairs of levels (N, C, h, w) of 1 - cosine over the channels, (N, side, side)."""
-    pairs = zip(encoder, decoder, strict=True)
-    maps = torch.stack([upsampled(place_distance(one, other), side) for one, other in pairs])
-    return maps.sum(0) if joined == "sum" else maps.mean(0)

@@ -58,7 +58,11 @@ class Backbone(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> float32, as the weights expect it."""
-        return (images.float() / 255 - self.mean) / self.std
+        return self.standardise(images.float() / 255)
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> as the weights expect it."""
+        return (images - self.mean) / self.std
 
     def levels(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """Normalised images (N, 3, H, W) -> the wanted layers by name, each (N, C, h, w)."""

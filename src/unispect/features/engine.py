@@ -43,6 +43,24 @@ class Engine(ABC):
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.precision}".encode()).hexdigest()
 
 
+class WithImage(Engine):
+    """What another engine gives and, as the last level, the image itself, (N, 3, H, W) in [0, 1]."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.inner, self.extractor, self.precision = inner, inner.extractor, inner.precision
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def __call__(self, images: Tensor) -> Features:
+        return [*self.inner(images), images.float() / 255]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.inner.fingerprint} image".encode()).hexdigest()
+
+
 def engine(
     extractor: Extractor,
     kind: str = "auto",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from unispect.errors import ConfigError
@@ -51,7 +52,11 @@ class PyramidExtractor(Extractor):
         self.pooled = _distinct("pooled", self.backbone.layers[len(layers) :])
 
     def forward(self, images: Tensor) -> Features:
-        image = self.backbone.normalise(images)
+        return self.levels(images.float() / 255)
+
+    def levels(self, images: Tensor) -> Features:
+        """(N, 3, H, W) in [0, 1] -> L levels (N, C, h, w)."""
+        image = self.backbone.standardise(images)
         runs = {scale: self.backbone.levels(_scaled(image, scale), self._wanted(scale)) for scale in self._runs()}
         dense = [level for scale in self.scales for level in self._dense(runs[scale])]
         return dense + [runs[1.0][layer].mean((2, 3), keepdim=True) for layer in self.pooled]
@@ -90,6 +95,18 @@ class PyramidExtractor(Extractor):
     def _wanted(self, scale: float) -> set[str]:
         dense = self.layers if scale in self.scales else ()
         return {*dense, *(self.pooled if scale == 1 else ())}
+
+
+class TrainedEncoder(nn.Module):
+    """A copy of an extractor's network that can be trained; its batch normalisation stays as it is."""
+
+    def __init__(self, extractor: PyramidExtractor) -> None:
+        super().__init__()
+        self.extractor = deepcopy(extractor).requires_grad_()
+
+    def forward(self, images: Tensor) -> Features:
+        """(N, 3, H, W), grey levels / 255, if need be in half precision -> L levels as the extractor gives them."""
+        return self.extractor.levels((255 * images).round() / 255)
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unispect.errors import ConfigError
+from unispect.nn.maps import upsampled
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+JOINED = ("sum", "mean")  # of the maps of several levels
 Shape = tuple[int, int, int]  # C, h, w of a level
 
 
@@ -94,6 +96,19 @@ class Decoder(nn.Module):
         return levels[::-1]
 
 
+class Heads(nn.Module):
+    """A 1 x 1 convolution for each level, as ReContrast has two of."""
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(channels, channels, 1) for channels, _, _ in shapes)
+        _initialise(self)
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """L levels (N, C, h, w) -> the same shapes."""
+        return [head(level) for head, level in zip(self.levels, levels, strict=True)]
+
+
 def global_cosine(encoder: Tensor, decoder: Tensor) -> Tensor:
     """1 - cosine of whole maps taken as one vector each, mean over images, (N, C, h, w) twice -> scalar.
 
@@ -105,6 +120,13 @@ def global_cosine(encoder: Tensor, decoder: Tensor) -> Tensor:
 def place_distance(encoder: Tensor, decoder: Tensor) -> Tensor:
     """1 - cosine over the channels, (N, C, h, w) twice -> (N, h, w)."""
     return 1 - F.cosine_similarity(encoder, decoder)
+
+
+def joined_distance(encoder: Sequence[Tensor], decoder: Sequence[Tensor], side: int, joined: str) -> Tensor:
+    """Sum or mean over pairs of levels (N, C, h, w) of 1 - cosine over the channels, (N, side, side)."""
+    pairs = zip(encoder, decoder, strict=True)
+    maps = torch.stack([upsampled(place_distance(one, other), side) for one, other in pairs])
+    return maps.sum(0) if joined == "sum" else maps.mean(0)
 
 
 def check_levels(shapes: Sequence[Shape]) -> None:
