@@ -11,10 +11,11 @@ from torch import nn
 import unispect
 from unispect.align.aligners import NONE
 from unispect.align.aligners import build as build_aligner
+from unispect.align.base import width
 from unispect.config import read_toml
 from unispect.detectors.hgad import HGAD
 from unispect.detectors.methods import build
-from unispect.inspector import complete
+from unispect.inspector import FeatureSettings, complete, empty_detector
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs_src" / "ten_lines.py"
@@ -77,3 +78,21 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["revdist", "recontrast", "uniad"])
+def test_the_published_cada_models_run_on_their_backbones(name: str) -> None:
+    """With random weights and a smaller image: levels, sizes and aligner fit one another."""
+    table = complete(ROOT / "configs" / f"cada-{name}-mvtec.toml")
+    settings = FeatureSettings(**table["features"] | {"weights": "random", "engine": "torch"})
+    eyes, side = settings.build(), {"revdist": 64, "recontrast": 64, "uniad": 224}[name]
+    features = eyes(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    with torch.inference_mode():
+        detector = empty_detector(table, [tuple(level.shape[1:]) for level in features], 15, eyes).eval()
+        scores = detector(features)
+        aligner = build_aligner(table, width(features, scores), 15)
+        assert aligner is not None
+        aligned = aligner.eval()(features, scores)
+    assert aligned.maps.shape == (1, table["preparation"]["size"], table["preparation"]["size"])
+    assert scores.context is not None
+    assert scores.context.shape[1] == {"revdist": 2048, "recontrast": 2048, "uniad": 256}[name]

@@ -451,7 +451,7 @@ class Inspector:
                 f"{path}: the weights of {config['features']['backbone']} on this machine are not those it learnt with: "
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
-        detector = _empty(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]), eyes)
+        detector = empty_detector(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]), eyes)
         aligner = build_aligner(config, about["facts"].get("view", 0), len(about["products"]))
         novelty = Novelty(tuple(shape[0] for shape in about["facts"]["shapes"]), len(about["products"]))
         try:
@@ -743,7 +743,7 @@ class _Fit:
         }
         _check_enough(data["train"].product, names)
         shapes = data["train"].features.shapes
-        detector = _empty(self.config, shapes, len(names), eyes)
+        detector = empty_detector(self.config, shapes, len(names), eyes)
         identity = self._identity(split, eyes)
         history, passes = self._learn(detector, data["train"], data.get("held_out"), self.checkpoint, identity, watch)
         about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
@@ -774,7 +774,7 @@ class _Fit:
         dealt = deal(torch.from_numpy(train.product), torch.from_numpy(unit), folds, self.config["seed"]).numpy()
         parts = []
         for fold in range(folds):
-            other = _empty(self.config, train.features.shapes, products, eyes)
+            other = empty_detector(self.config, train.features.shapes, products, eyes)
             self._learn(other, train.part(np.flatnonzero(dealt != fold)), data.get("held_out"), None, "", None)
             scored = _evenly(train.part(np.flatnonzero(dealt == fold)), MOST_PAIRS // folds)
             parts.append(self._watched(detector, other.eval(), scored, grid))
@@ -933,7 +933,7 @@ class _Fit:
         return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _empty(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int, eyes: Engine) -> Detector:
+def empty_detector(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], products: int, eyes: Engine) -> Detector:
     """The detector that the settings describe, before it has learnt anything."""
     method = config["method"]
     if not METHODS[method].trains_encoder:
