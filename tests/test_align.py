@@ -229,7 +229,11 @@ def test_unlabelled_products_need_no_names(products: Path, cache: FeatureCache) 
     ("table", "said"),
     [
         ({"aligner": "cado"}, "unknown aligner 'cado'.*cada"),
-        ({"aligner": "cada", "split": {"held_out": 0.0}}, r"set split\.held_out above 0, or split\.folds to 2 or more"),
+        (
+            {"method": "revdist", "aligner": "cada", "split": {"held_out": 0.0}},
+            r"set split\.held_out above 0, or set split\.folds to 2 or more",
+        ),
+        ({"aligner": "cada", "split": {"folds": 0}}, r"hgad learns from held-out ones, so set split\.folds to 2 or more"),
         ({"split": {"folds": 1}}, r"\[split\] folds: got 1, expected 0 or at least 2"),
         ({"cada": 3}, r"cada: got 3, expected a table \[cada\]"),
         ({"aligner": "cada", "cada": {"step": 3}}, r"\[cada\] unknown setting 'step'"),
@@ -240,10 +244,11 @@ def test_settings_that_cannot_be(table: dict[str, Any], said: str) -> None:
         complete(table)
 
 
-def test_folds_are_the_default_of_what_learns_in_passes() -> None:
+def test_folds_are_the_default_of_what_learns_in_passes_or_from_held_out_images() -> None:
     assert complete({"method": "patchcore", "aligner": "cada"})["split"]["folds"] == 4
     assert complete({"method": "patchcore"})["split"]["folds"] == 0
-    assert complete({"method": "hgad", "aligner": "cada"})["split"]["folds"] == 0
+    assert complete({"method": "hgad", "aligner": "cada"})["split"]["folds"] == 4
+    assert complete({"method": "revdist", "aligner": "cada"})["split"]["folds"] == 0
     table = complete({"method": "patchcore", "aligner": "cada-b"})
     assert complete(table) == table
     assert "cada" not in table

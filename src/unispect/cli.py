@@ -889,7 +889,7 @@ PAPERS = {
     "ensemble": Paper(
         "Stacked generalization (the idea of learning from scores out of fold; the detector is unispect's own)",
         "https://doi.org/10.1016/S0893-6080(05)80023-1",
-        "several methods joined by what each says of normal images that it has not learnt; the strongest on real products",
+        "methods joined by what each says of normal images that it has not learnt; the strongest without training steps",
         """\
 @article{wolpert1992stacked,
   title = {Stacked generalization},

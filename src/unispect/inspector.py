@@ -48,7 +48,7 @@ from unispect.types import Batch, Features, Finding, Region, Scores
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
 BESIDE = "beside."  # begins the names of tensors that are not the detector's
 MARKS = "marks-2"  # notes in the feature cache: fingerprints of images
-FOLDS = 4  # for an aligner of a detector that learns in passes, unless the settings say otherwise
+FOLDS = 4  # for an aligner of a detector that needs them (see Detector.spares_held_out), unless the settings say otherwise
 MOST_PAIRS = 4096  # images that an aligner learns from at the most
 SECTIONS = ("preparation", "features", "split", "training", "decision")
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -102,7 +102,8 @@ class SplitSettings:
     """Shares of the normal images of each product that the detector does not learn from.
 
     folds   an aligner learns from images that the detector has not learnt from: the held-out ones where this is 0;
-            otherwise all training images, dealt into so many folds, each scored by a detector of the others
+            otherwise all training images, dealt into so many folds, each scored by a detector of the others. Of methods
+            that learn in passes, and of HGAD, it is 4 where there is an aligner
     """
 
     held_out: float = 0.1
@@ -145,7 +146,7 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         raise ConfigError(unknown_name("aligner", str(aligner), (NONE, *ALIGNERS)))
     known = {"method", "aligner", "seed", *SECTIONS, *METHODS, *ALIGNERS}
     kind, wanted = METHODS[method], METHODS[method].wants
-    if aligner != NONE and issubclass(kind, StatisticalDetector):
+    if aligner != NONE and (issubclass(kind, StatisticalDetector) or not kind.spares_held_out):
         wanted = merge(wanted, {"split": {"folds": FOLDS}})
     for name in given:
         if name not in known:
@@ -176,10 +177,13 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
     if aligner != NONE:
         table[aligner] = settings(ALIGNERS[aligner], given.get(aligner, {}), OF_ALIGNERS, aligner)
-        if not table["split"]["folds"] and not table["split"]["held_out"]:
+        if not table["split"]["folds"] and not (kind.spares_held_out and table["split"]["held_out"]):
+            held_out = (
+                "set split.held_out above 0, or " if kind.spares_held_out else f"{method} learns from held-out ones, so "
+            )
             raise ConfigError(
-                f"aligner={aligner!r} learns from images that the detector has not learnt from: set split.held_out above 0, "
-                "or split.folds to 2 or more"
+                f"aligner={aligner!r} learns from images that the detector has not learnt from: {held_out}"
+                "set split.folds to 2 or more"
             )
     return table
 

@@ -333,6 +333,16 @@ def test_no_product_is_asked_for_when_scoring(method: Callable[..., Detector]) -
 
 
 @every_case
+def test_held_out_images_score_like_new_ones_where_an_aligner_relies_on_it(case: int) -> None:
+    detector = shared(case)
+    if isinstance(detector, StatisticalDetector) or not detector.spares_held_out:
+        pytest.skip("an aligner has its scores out of fold")
+    held_out, new = detector(good(case, 24, 2)[0]).image, detector(good(case, 60, 7)[0]).image
+    auroc = roc_auc_score([0] * 24 + [1] * 60, torch.cat([held_out, new]))
+    assert auroc == pytest.approx(0.5, abs=0.2)
+
+
+@every_case
 def test_products_are_recognised_where_the_method_knows_them(case: int) -> None:
     levels, product = good(case, 60, 6)
     scores = shared(case)(levels)

@@ -138,12 +138,15 @@ class Detector(nn.Module, ABC):
 
     wants   defaults that the method has for other sections of the settings, section by section
     local   whether its map says where a defect is; otherwise an ensemble goes by its image score alone
+    spares_held_out  whether it learns nothing from held-out images but when to stop, and a scale for all products; else an
+            aligner has to have its scores out of fold
     trains_encoder   whether it is built with a copy of the network that its features come from, as `encoder`, and the
             image is its last level
     """
 
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     local: bool = True
+    spares_held_out: ClassVar[bool] = True
     trains_encoder: ClassVar[bool] = False
 
     @abstractmethod

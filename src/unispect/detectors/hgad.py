@@ -181,6 +181,7 @@ class HGAD(VectorDetector):
     """
 
     wants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"features": {"joined": True, "pooled": []}}
+    spares_held_out = False
 
     image_mean: Tensor
     image_scale: Tensor
