@@ -29,7 +29,7 @@ MAPS = Recipe(steps=40, images=12, checks=2, learning_rate=3e-3)
 IMAGES = Recipe(steps=300, images=20, checks=2, learning_rate=5e-3, schedule="drop")
 TOKENS = Recipe(steps=60, images=12, checks=2, learning_rate=3e-3, rule="adamw", clip=1.0, schedule="drop")
 WHOLE = Recipe(steps=140, images=24, checks=2, learning_rate=3e-3, beta1=0.9, beta2=0.999, decay=0.0, schedule="drop")
-BOTH = Recipe(steps=160, images=20, checks=2, learning_rate=5e-3, rule="adamw", schedule="drop")
+BOTH = Recipe(steps=300, images=20, checks=2, learning_rate=5e-3, rule="adamw", schedule="drop")
 NOISE = {"features": 1.0, "calm": 0.3}
 PUBLISHED = {"covariance": "identity", "lambda2": 100.0, "label_smoothing": 0.02}
 
