@@ -6,7 +6,6 @@ https://arxiv.org/abs/2404.00724
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -64,7 +63,7 @@ class CADA(Aligner):
         kernel: int = 1,
         hidden: int = 256,
         dropout: float = 0.5,
-        steps: int = 300,
+        steps: int = 100,
         images: int = 32,
         rule: str = "adam",
         learning_rate: float = 2e-3,
@@ -144,13 +143,13 @@ class CADA(Aligner):
         at, by = self.get_buffer, self.get_buffer
         level = at("level_at") + by("level_by") * said[:, 0]
         if self.gap == "safe":
-            reach = at("top_at") * F.softplus(said[:, 1] + ONE) + self._least()
+            reach = at("top_at") * said[:, 1].clamp(max=MOST).exp() + self._least()
         else:
             reach = at("top_at") + by("top_by") * said[:, 1] - level
         if self.output.score == "map":
             return Scale(level, reach, level, reach)
         middle = at("score_at") + by("score_by") * said[:, 2]
-        return Scale(level, reach, middle, by("score_by") * (F.softplus(said[:, 3] + ONE) + LEAST))
+        return Scale(level, reach, middle, by("score_by") * (said[:, 3].clamp(max=MOST).exp() + LEAST))
 
     @torch.no_grad()
     def forward(self, features: Features, scores: Scores) -> Scores:
@@ -158,7 +157,7 @@ class CADA(Aligner):
         return self.output(scores, self._scale(self.head(view(features, scores, self.grid))), scores.products)
 
 
-ONE = math.log(math.e - 1)  # softplus of it is 1: training begins with the mean
+MOST = 12.0  # of the logarithm of a predicted reach over the mean reach
 
 
 def _size(values: Tensor) -> Tensor:
