@@ -15,8 +15,6 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tomli_w
-
 from unispect.errors import CalibrationError, ConfigError, DataError, unknown_name
 
 T = TypeVar("T")
@@ -34,6 +32,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def write_toml(table: Mapping[str, Any]) -> str:
     """TOML text of a table. TOML has no null: what is None is left out, and so gets its default when read."""
+    import tomli_w
+
     return tomli_w.dumps(_without_none(table))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from dataclasses import replace as renamed
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,6 +29,7 @@ from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
+from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said
 from unispect.decide.unknown import Novelty
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
@@ -39,11 +39,10 @@ from unispect.features.engine import Engine, WithImage, engine
 from unispect.features.pixels import PixelExtractor
 from unispect.features.pyramid import PyramidExtractor, TrainedEncoder
 from unispect.fit import BATCH, History, Labelled, Watch, fit, learn
-from unispect.metrics.regions import regions
 from unispect.nn.alignment import deal
 from unispect.nn.clusters import discover
 from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
-from unispect.types import Batch, Features, Finding, Region, Scores
+from unispect.types import Batch, Features, Finding, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
 BESIDE = "beside."  # begins the names of tensors that are not the detector's
@@ -113,23 +112,6 @@ class SplitSettings:
     def __post_init__(self) -> None:
         if self.folds < 0 or self.folds == 1:
             raise ConfigError(f"folds: got {self.folds}, expected 0 or at least 2")
-
-
-@dataclass(frozen=True, slots=True)
-class DecisionSettings:
-    """The promise: at most this share of normal images raises an alarm. Regions smaller than min_area pixels go.
-
-    unknown_rate   at most this share of normal images of known products is taken for a product never seen; 0, or too few
-                   calibration images for it: none is, and no image is called unknown
-    """
-
-    false_alarm_rate: float = 0.01
-    unknown_rate: float = 0.01
-    min_area: int = 16
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.unknown_rate < 1:
-            raise ConfigError(f"unknown_rate: got {self.unknown_rate}, expected a share from 0 to below 1")
 
 
 def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, Any]:
@@ -214,9 +196,8 @@ class Inspector:
         self.preparation = construct(Preparation, config["preparation"], "preparation")
         self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.facts = dict(facts)
-        self.threshold = calibration.images.threshold(self.false_alarm_rate)
-        self.pixel_threshold = calibration.pixels.threshold(self.false_alarm_rate)
-        self.unknown_threshold = _unknown_threshold(calibration, float(self.decision.unknown_rate))
+        self.judge = Judge(calibration, self.decision, self.products, self.preparation)
+        self.threshold, self.unknown_threshold = self.judge.threshold, self.judge.unknown_threshold
 
     @property
     def false_alarm_rate(self) -> float:
@@ -355,44 +336,15 @@ class Inspector:
         return _aligned(self.aligner, features, plain)
 
     def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int], novelty: float) -> Finding:
-        score = float(scores.image[place])
-        scaled = self.calibration.scaled(scores.maps[place].numpy(), self.pixel_threshold)
-        unknown = novelty > self.unknown_threshold
-        product, probability = (None, None) if unknown else self._resembles(scores, place)
-        alarm = score > self.threshold
-        return Finding(
-            path=path,
-            score=score,
-            threshold=self.threshold,
-            p_value=self.calibration.images.p_value(score),
-            anomalous=alarm,
-            product=product,
-            product_probability=probability,
-            regions=self._regions(scaled, size) if alarm else (),
-            map=scaled,
-            width=size[0],
-            height=size[1],
-            unaligned=None if scores.unaligned is None else float(scores.unaligned[place]),
-            unknown=unknown,
-            unknown_p_value=self.calibration.strangers.p_value(novelty),
+        """Of one image among the scores of several."""
+        said = Said(
+            float(scores.image[place]),
+            scores.maps[place].numpy(),
+            None if scores.products is None else scores.products[place].numpy(),
+            novelty,
+            None if scores.unaligned is None else float(scores.unaligned[place]),
         )
-
-    def _resembles(self, scores: Scores, place: int) -> tuple[str | None, float | None]:
-        if scores.products is None:
-            return None, None
-        best = int(scores.products[place].argmax())
-        return self.products[best], float(scores.products[place, best].exp())
-
-    def _regions(self, scaled: np.ndarray, size: tuple[int, int]) -> tuple[Region, ...]:
-        """Parts of the map above its threshold; where there is none, the surroundings of the highest place."""
-        found = regions(scaled, 1.0, self.decision.min_area)
-        if not found:
-            found = regions(scaled, min(1.0, 0.8 * float(scaled.max())), 1)[:1]
-        side = scaled.shape[0]
-        return tuple(
-            Region(*self.preparation.box_to_original(left, top, right, bottom, side, *size), peak, area)
-            for left, top, right, bottom, peak, area in found
-        )
+        return self.judge.finding(path, said, size)
 
     # Looking inside.
 
@@ -602,91 +554,6 @@ class Inspector:
             "",
         ]
         return "\n".join(lines)
-
-
-NUMBERS = ("scores", "peaks", "medians", "novelty")  # of a calibration, image by image
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What the calibration normals scored, image by image, so that products can come and go.
-
-    scores     (n,) of the images
-    peaks      (n,) of the highest place of each map
-    medians    (n,) of the median place of each map
-    novelty    (n,) how unlike every known product each image is
-    products   name of each image's product; None where the data names none
-    """
-
-    scores: np.ndarray
-    peaks: np.ndarray
-    medians: np.ndarray
-    novelty: np.ndarray
-    products: tuple[str | None, ...]
-
-    @cached_property
-    def images(self) -> ConformalRule:
-        """The rule for images."""
-        return ConformalRule(self.scores)
-
-    @cached_property
-    def pixels(self) -> ConformalRule:
-        """The rule for places: that of the highest place of an image."""
-        return ConformalRule(self.peaks)
-
-    @cached_property
-    def strangers(self) -> ConformalRule:
-        """The rule for products never seen."""
-        return ConformalRule(self.novelty)
-
-    @cached_property
-    def median(self) -> float:
-        """The median place of normal images."""
-        return float(np.median(self.medians))
-
-    def scaled(self, scores: np.ndarray, threshold: float) -> np.ndarray:
-        """A map in units of the calibration normals: 0 is their median, 1 the pixel threshold."""
-        return ((scores - self.median) / max(threshold - self.median, 1e-9)).astype(np.float32)
-
-    def with_also(self, other: Calibration) -> Calibration:
-        """These images and those of another."""
-        return Calibration(
-            np.concatenate((self.scores, other.scores)),
-            np.concatenate((self.peaks, other.peaks)),
-            np.concatenate((self.medians, other.medians)),
-            np.concatenate((self.novelty, other.novelty)),
-            self.products + other.products,
-        )
-
-    def without(self, product: str) -> Calibration:
-        """The images of all other products."""
-        kept = np.array([name != product for name in self.products], bool)
-        names = tuple(name for name in self.products if name != product)
-        return Calibration(self.scores[kept], self.peaks[kept], self.medians[kept], self.novelty[kept], names)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; every score comes back bit by bit."""
-        numbers = {name: getattr(self, name).tolist() for name in NUMBERS}
-        return {"rule": "conformal"} | numbers | {"products": list(self.products)}
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Calibration:
-        """What `as_dict` gave.
-
-        Raises StoreError where it is damaged or of an older unispect.
-        """
-        try:
-            numbers = {name: np.array(table[name], np.float64) for name in NUMBERS}
-            names = tuple(table["products"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"the calibration is damaged or of an older unispect ({error!r}): fit the model again"
-            ) from error
-        if table.get("rule") != "conformal" or {len(values) for values in numbers.values()} != {len(names)}:
-            raise StoreError(
-                f"the calibration has rule={table.get('rule')!r} and lists of unlike length: fit the model again"
-            )
-        return cls(**numbers, products=names)
 
 
 class _Fit:
@@ -971,13 +838,6 @@ def _acquainted(train: Labelled, products: int) -> Novelty:
         novelty.update(features, product)
     novelty.finish()
     return novelty.eval()
-
-
-def _unknown_threshold(calibration: Calibration, rate: float) -> float:
-    """Novelty above which an image shows no known product; infinite where the calibration images cannot support the rate."""
-    if not rate or len(calibration.novelty) < needed(rate):
-        return math.inf
-    return calibration.strangers.threshold(rate)
 
 
 def _strangers(threshold: float, rate: float) -> str:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from unispect.errors import StoreError
 
@@ -35,20 +34,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
-FORMAT, VERSION = "unispect-model", 1
+MODEL, EXPORT = "unispect-model", "unispect-export"  # formats
+VERSION = 1
 CHECKPOINT = "unispect-checkpoint"
 
 
-def write_folder(path: Path, files: Mapping[str, bytes], overwrite: bool = False) -> Path:
-    """A model folder with these files, in place of an older model only where `overwrite` says so."""
+def write_folder(path: Path, files: Mapping[str, bytes], overwrite: bool = False, kind: str = MODEL) -> Path:
+    """A folder of this format with these files, in place of an older one of it only where `overwrite` says so."""
     target = Path(os.path.realpath(path))  # through a link, the folder it points to is replaced
     for name in files:
         _check_name(name)
     try:
-        _check_target(target, path, overwrite)
+        _check_target(target, path, overwrite, kind)
         with _workplace(target) as workplace:
             new = workplace / "new"
-            _write_files(new, {**files, MANIFEST: _manifest(files)})
+            _write_files(new, {**files, MANIFEST: _manifest(files, kind)})
             _move_into_place(new, target, workplace, path, overwrite)
         _flush(target.parent)
     except OSError as error:
@@ -56,19 +56,19 @@ def write_folder(path: Path, files: Mapping[str, bytes], overwrite: bool = False
     return Path(path)
 
 
-def read_model(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The named files of a model folder, after every file in it was found whole."""
+def read_model(path: Path, names: Sequence[str] | None = None, kind: str = MODEL) -> dict[str, bytes]:
+    """The named files of a folder of this format, or all, after every file in it was found whole."""
     path = Path(path)
-    for name in names:
+    for name in names or ():
         _check_name(name)
-    hashes = _read_manifest(path)
-    absent = sorted(set(names) - set(hashes))
+    hashes = _read_manifest(path, kind)
+    absent = sorted(set(names or ()) - set(hashes))
     if absent:
         raise StoreError(f"{path} holds no {', '.join(absent)}: it holds {', '.join(sorted(hashes))}")
     wanted = {}
     for name, digest in hashes.items():
         content = _read_whole(path / name, digest)
-        if name in names:
+        if names is None or name in names:
             wanted[name] = content
     return wanted
 
@@ -82,6 +82,7 @@ def pack_tensors(tensors: Mapping[str, Tensor | np.ndarray], metadata: Mapping[s
 
 def unpack_tensors(content: bytes) -> dict[str, Tensor]:
     """The inverse of `pack_tensors`; the tensors are on the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
@@ -127,26 +128,29 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 # Reading
 
 
-def _read_manifest(path: Path) -> dict[str, str]:
+NAMES = {MODEL: "model", EXPORT: "exported model"}  # of the formats, for people
+
+
+def _read_manifest(path: Path, kind: str) -> dict[str, str]:
     """File name -> sha256."""
     if not path.exists():
-        raise StoreError(f"{path} does not exist: expected the folder of a unispect model")
+        raise StoreError(f"{path} does not exist: expected the folder of a unispect {NAMES[kind]}")
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(f"{path} is not a unispect model: no {MANIFEST}") from error
+        raise StoreError(f"{path} is not a unispect {NAMES[kind]}: no {MANIFEST}") from error
     except OSError as error:
         raise StoreError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise StoreError(f"{path / MANIFEST} is damaged: {error}; save the model again") from error
-    _check_manifest(manifest, path)
+    _check_manifest(manifest, path, kind)
     return dict(manifest["files"])
 
 
-def _check_manifest(manifest: Any, path: Path) -> None:
-    kind = manifest.get("format") if isinstance(manifest, dict) else None
-    if kind != FORMAT:
-        raise StoreError(f"{path} is not a unispect model: {MANIFEST} has format {kind!r}, expected {FORMAT!r}")
+def _check_manifest(manifest: Any, path: Path, kind: str) -> None:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != kind:
+        raise StoreError(f"{path} is not a unispect {NAMES[kind]}: {MANIFEST} has format {found!r}, expected {kind!r}")
     version, files = manifest.get("version"), manifest.get("files")
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
@@ -199,9 +203,9 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 # Writing
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
+def _manifest(files: Mapping[str, bytes], kind: str) -> bytes:
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    return (json.dumps({"format": FORMAT, "version": VERSION, "files": hashes}, indent=2) + "\n").encode()
+    return (json.dumps({"format": kind, "version": VERSION, "files": hashes}, indent=2) + "\n").encode()
 
 
 def _check_name(name: str) -> None:
@@ -210,12 +214,12 @@ def _check_name(name: str) -> None:
         raise StoreError(f"file name {name!r} in a model: expected a plain name without folders, and not {MANIFEST}")
 
 
-def _check_target(target: Path, path: Path, overwrite: bool) -> None:
+def _check_target(target: Path, path: Path, overwrite: bool, kind: str) -> None:
     """An empty folder may be taken: nothing is lost."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
-        _read_manifest(target)
+        _read_manifest(target, kind)
     except StoreError as error:
         raise StoreError(f"{error}; what exists there is left alone: choose another -o") from error
     if not overwrite:

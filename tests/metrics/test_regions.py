@@ -113,3 +113,43 @@ def test_regions_cover_what_is_above_and_nothing_twice(seed: int) -> None:
     assert max(peak for *_, peak, _ in found) == scores.max()
     for left, top, right, bottom, peak, _ in found:
         assert peak <= scores[top:bottom, left:right].max()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.6, 1.0])
+def test_parts_and_their_numbers_are_scipys(share: float) -> None:
+    rng = np.random.default_rng(3)
+    for shape in [(1, 1), (1, 40), (40, 1), (17, 23), (40, 40), (0, 5)]:
+        for _ in range(20):
+            mask = rng.random(shape) < share
+            expected, count = ndimage.label(mask, np.ones((3, 3)))
+            labelled, found = components(mask)
+            assert found == count
+            np.testing.assert_array_equal(labelled, expected)
+
+
+def test_a_spiral_is_one_part() -> None:
+    mask = np.zeros((64, 64), bool)
+    for turn in range(0, 32, 4):
+        mask[turn, max(turn - 2, 0) : 64 - turn] = mask[turn : 64 - turn, 63 - turn] = mask[63 - turn, turn : 64 - turn] = (
+            True
+        )
+        mask[turn + 4 : 64 - turn, turn + 2] = True
+    assert components(mask)[1] == ndimage.label(mask, np.ones((3, 3)))[1]
+
+
+def test_regions_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(30):
+        scores = ndimage.gaussian_filter(rng.normal(size=(30, 41)), 2)
+        labelled, count = ndimage.label(scores > 0.1, np.ones((3, 3)))
+        boxes = ndimage.find_objects(labelled)
+        areas = ndimage.sum_labels(np.ones_like(scores), labelled, range(1, count + 1))
+        peaks = ndimage.maximum(scores, labelled, range(1, count + 1))
+        expected = {
+            (columns.start, rows.start, columns.stop, rows.stop, float(peak), int(area))
+            for (rows, columns), peak, area in zip(boxes, peaks, areas, strict=True)
+            if area >= 4
+        }
+        found = regions(scores, 0.1, 4)
+        assert set(found) == expected
+        assert [region[4] for region in found] == sorted((region[4] for region in found), reverse=True)

@@ -24,7 +24,6 @@ from math import floor, isnan
 from typing import Any, Self
 
 import numpy as np
-from scipy.special import betaincinv
 
 from unispect.errors import CalibrationError, ConfigError, StoreError
 
@@ -47,6 +46,8 @@ def band(n: int, false_alarm_rate: float, coverage: float = 0.9) -> tuple[float,
     The promise is kept on average over calibration sets. For one set and continuous scores the realised rate follows
     Beta(n + 1 - k, k); the range holds `coverage` of it, with equal tails.
     """
+    from scipy.special import betaincinv  # here, so that deciding alone needs no more than numpy
+
     _check_coverage(coverage)
     k = _rank(n, false_alarm_rate)
     tail = (1 - coverage) / 2

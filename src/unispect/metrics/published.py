@@ -15,6 +15,7 @@ from unispect.errors import ConfigError, unknown_name
 from unispect.metrics import regions
 from unispect.metrics.ranking import Arrays
 
+EIGHT = np.ones((3, 3), dtype=int)  # the neighbours of a pixel
 LIMIT = 0.3
 
 
@@ -117,7 +118,7 @@ def _parts(maps: Arrays, masks: Arrays) -> Iterator[_Part]:
         boxes = ndimage.find_objects(numbered)
         alone = [(scores[box], numbered[box] == number) for number, box in enumerate(boxes, start=1)]
         # As regionprops of scikit-image: a hole that touches the outside by a corner is none.
-        filled = [inside[ndimage.binary_fill_holes(area, regions.EIGHT)] for inside, area in alone]
+        filled = [inside[ndimage.binary_fill_holes(area, EIGHT)] for inside, area in alone]
         yield _Part(scores[~label], [inside[area] for inside, area in alone], filled)
 
 
