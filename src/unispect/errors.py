@@ -8,6 +8,7 @@
     ├── WeightsError         backbone weights are missing or are not the ones expected
     ├── StoreError           a saved model is damaged, foreign or from another version
     ├── CalibrationError     too few calibration images for the promise asked (also a ValueError)
+    ├── ExportError          a model cannot be exported, or its exported form does not agree with it
     └── MissingExtraError    an optional package is needed; says which to install (also an ImportError)
 
 The command line prints these as one line and ends with exit code 2; anything else is a bug and ends with 3.
@@ -49,6 +50,10 @@ class StoreError(UnispectError):
 
 class CalibrationError(UnispectError, ValueError):
     """Too few calibration images for the promise asked."""
+
+
+class ExportError(UnispectError):
+    """A model that cannot be exported, or whose exported form does not agree with it."""
 
 
 class MissingExtraError(UnispectError, ImportError):

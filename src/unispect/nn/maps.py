@@ -20,13 +20,14 @@ def blurred(maps: Tensor, sigma: float) -> Tensor:
     """Gaussian blur as scipy.ndimage.gaussian_filter does it (mirrored edges, cut at 4 sigma), (N, h, w) -> (N, h, w)."""
     if not sigma:
         return maps
-    rows, columns = (_blur_matrix(side, sigma).to(maps) for side in maps.shape[1:])
+    rows, columns = (torch.from_numpy(_blur_matrix(side, sigma)).to(maps) for side in maps.shape[1:])
     return rows @ maps @ columns.T
 
 
 @lru_cache(maxsize=16)
-def _blur_matrix(side: int, sigma: float) -> Tensor:
-    return torch.from_numpy(gaussian_filter1d(np.eye(side), sigma, axis=0))
+def _blur_matrix(side: int, sigma: float) -> np.ndarray:  # no tensor: one made while a graph is traced is none
+    matrix: np.ndarray = gaussian_filter1d(np.eye(side), sigma, axis=0)
+    return matrix
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:
