@@ -20,7 +20,7 @@ from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
 from unispect.nn.maps import blurred, top_mean, upsampled
 from unispect.nn.memory import Coreset
-from unispect.nn.neighbourhood import Neighbourhood
+from unispect.nn.neighbourhood import Neighbourhood, distances
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
 
@@ -154,14 +154,14 @@ class Neighbours(StatisticalDetector):
     @torch.no_grad()
     def forward_given(self, features: Features, product: Tensor) -> Scores:
         """Scores under a product (N,)."""
-        rows = [self._distances(image, y) for image, y in zip(self.embed(features), product.tolist(), strict=True)]
-        distances = torch.stack(rows).unflatten(1, self.grid)
-        maps = upsampled(distances, self.map_side, aligned=False)
-        return Scores(top_mean(distances, self.top), blurred(maps, self.sigma))
-
-    def _distances(self, vectors: Tensor, product: int) -> Tensor:
-        known = self.product(product)
-        if not len(known.bank):
+        parts = [self.product(y) for y in range(len(self.products))]
+        if not all(len(part.bank) for part in _asked(parts, product)):
             raise UnispectError("neighbours has learnt nothing yet: fit it on normal images first")
-        distances: Tensor = known(vectors, self.neighbours, self.support)
-        return distances
+        found = distances(parts, self.embed(features), product, self.neighbours, self.support).unflatten(1, self.grid)
+        maps = upsampled(found, self.map_side, aligned=False)
+        return Scores(top_mean(found, self.top), blurred(maps, self.sigma))
+
+
+def _asked(parts: Sequence[Neighbourhood], product: Tensor) -> Sequence[Neighbourhood]:
+    """Those of the products (N,); in an exported graph, which knows no image yet, all of them."""
+    return parts if torch.compiler.is_exporting() else [parts[y] for y in product.tolist()]
