@@ -246,14 +246,9 @@ class Inspector:
 
 def _said(outputs: Mapping[str, np.ndarray]) -> Said:
     """Of the one image that was asked about."""
-    products, unaligned = outputs.get("product"), outputs.get("unaligned")
-    return Said(
-        float(outputs["score"][0]),
-        outputs["map"][0],
-        None if products is None else products[0],
-        float(outputs["novelty"][0]),
-        None if unaligned is None else float(unaligned[0]),
-    )
+    products = outputs.get("product")
+    known = None if products is None else products[0]
+    return Said(float(outputs["score"][0]), outputs["map"][0], known, float(outputs["novelty"][0]))
 
 
 def _cores() -> int:

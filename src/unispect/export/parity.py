@@ -24,8 +24,9 @@ SIDES = ((1.0, 1.0), (1.4, 0.8), (0.5, 2.3))  # of the drawn images, relative to
 class Parity:
     """Largest differences between an exported model and eager torch.
 
-    Units: of scores, the standard deviation of the calibration images' scores; of novelty, that of theirs; of maps, what
-    lies between 0 and 1 of a finding's map; of products, probability.
+    Units: of scores and of novelty, the standard deviation of the calibration images' or, of an image further than that
+    from their mean, its distance to it; of maps alike, with what lies between 0 and 1 of a finding's map in place of the
+    deviation and 0 in place of the mean; of products, probability.
 
     prepared   on images of the model's size, one at a time and several at once
     raw        on images of other sizes, which the graph resizes and torch has resized by Pillow
@@ -71,38 +72,37 @@ def compare(inspector: Inspector, run: Run, images: Sequence[np.ndarray] = ()) -
             }
             for one in squares
         ]
-    units = _units(inspector)
+    scales = _scales(inspector)
     as_given = squares.transpose(0, 2, 3, 1)
     alone = [run(np.ascontiguousarray(one[None])) for one in as_given]
     together = _rows(run(np.ascontiguousarray(as_given)), len(squares))
     raw = [run(np.ascontiguousarray(image[None])) for image in chosen]
-    prepared = _largest([*zip(alone, expected, strict=True), *zip(together, expected, strict=True)], units)
-    return Parity(prepared, _largest(list(zip(raw, expected, strict=True)), units), len(chosen), len(real))
+    prepared = _largest([*zip(alone, expected, strict=True), *zip(together, expected, strict=True)], scales)
+    return Parity(prepared, _largest(list(zip(raw, expected, strict=True)), scales), len(chosen), len(real))
 
 
 def _largest(
-    pairs: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]], units: Mapping[str, float]
+    pairs: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]], scales: Mapping[str, tuple[float, float]]
 ) -> dict[str, float]:
     """Largest difference of each output, in its units."""
-    return {name: max(_apart(name, one[name], other[name]) for one, other in pairs) / units[name] for name in pairs[0][1]}
+    return {name: max(_apart(name, one[name], other[name], *scales[name]) for one, other in pairs) for name in pairs[0][1]}
 
 
-def _apart(name: str, one: np.ndarray, other: np.ndarray) -> float:
+def _apart(name: str, one: np.ndarray, other: np.ndarray, middle: float, unit: float) -> float:
+    one, other = one.astype(np.float64), other.astype(np.float64)
     if name == "product":
         one, other = np.exp(one), np.exp(other)
-    return float(np.abs(one.astype(np.float64) - other).max())
+    return float((np.abs(one - other) / np.maximum(np.abs(other - middle), unit)).max())
 
 
-def _units(inspector: Inspector) -> dict[str, float]:
-    """What a difference of 1 stands for, output by output."""
+def _scales(inspector: Inspector) -> dict[str, tuple[float, float]]:
+    """Middle of what normal images give, and what a difference of 1 stands for near it, output by output."""
     known, judge = inspector.calibration, inspector.judge
-    score = _spread(known.scores)
     return {
-        "score": score,
-        "map": max(judge.pixel_threshold - known.median, 1e-9),
-        "product": 1.0,
-        "novelty": _spread(known.novelty),
-        "unaligned": score,
+        "score": (float(known.scores.mean()), _spread(known.scores)),
+        "map": (known.median, max(judge.pixel_threshold - known.median, 1e-9)),
+        "product": (0.0, 1.0),
+        "novelty": (float(known.novelty.mean()), _spread(known.novelty)),
     }
 
 

@@ -15,7 +15,7 @@ from unispect.inspector import Inspector
 from unispect.types import Features, Scores
 
 INPUT, BETWEEN = "images", "prepared"  # names in the graph
-NAMES = ("score", "map", "product", "novelty", "unaligned")
+NAMES = ("score", "map", "product", "novelty")
 
 
 class Prepared(nn.Module):
@@ -84,8 +84,7 @@ class Judged(nn.Module):
         self.names = tuple(name for name, value in zip(NAMES, said, strict=True) if value is not None)
 
     def forward(self, prepared: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, size, size), grey levels -> score (N,), map (N, side, side), product (N, K), novelty (N,), unaligned (N,),
-        as far as there are such."""
+        """(N, 3, size, size), grey levels -> score (N,), map (N, side, side), product (N, K) where there is one, novelty (N,)."""
         return tuple(value for value in self._said(prepared) if value is not None)
 
     def _said(self, prepared: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,7 +92,7 @@ class Judged(nn.Module):
         scores: Scores = self.detector(features)
         if self.aligner is not None:
             scores = self.aligner(features, scores)
-        return scores.image, scores.maps, scores.products, self.novelty(features), scores.unaligned
+        return scores.image, scores.maps, scores.products, self.novelty(features)
 
     def _features(self, prepared: Tensor) -> Features:
         levels: Features = self.extractor(prepared)

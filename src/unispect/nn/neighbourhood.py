@@ -66,9 +66,7 @@ class Neighbourhood(Learnt):
         return distances[:, :neighbours].mean(1) / usual
 
 
-def distances(
-    parts: Sequence[Neighbourhood], vectors: Tensor, product: Tensor, neighbours: int, support: int
-) -> Tensor:
+def distances(parts: Sequence[Neighbourhood], vectors: Tensor, product: Tensor, neighbours: int, support: int) -> Tensor:
     """Relative distances of vectors (N, p, C) of images to what is known of their products (N,), (N, p)."""
     if torch.compiler.is_exporting():
         return _routed(parts, vectors, product, neighbours, support)
