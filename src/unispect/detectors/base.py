@@ -153,7 +153,7 @@ class Detector(nn.Module, ABC):
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores; higher is more abnormal."""
 
-    def check_exportable(self) -> None:  # noqa: B027
+    def check_exportable(self) -> None:
         """Raises ExportError where its settings cannot be expressed as one graph."""
 
 

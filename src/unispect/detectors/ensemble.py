@@ -18,8 +18,8 @@ from torch.nn.functional import softplus
 
 from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
 from unispect.errors import ConfigError, UnispectError
-from unispect.nn.alignment import Alignment, Folds, deal, finest, without_itself
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.alignment import Alignment, Folds, deal, finest, scales_of, without_itself
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
 
@@ -85,7 +85,7 @@ class Ensemble(StatisticalDetector):
         self.folds, self.statistics, self.seed = folds, statistics, seed
         self.grid, self.map_side, self.sigma = finest(shapes), map_side, sigma
         self.members = nn.ModuleList(parts[name] for name in members)
-        self.mapping = torch.tensor([parts[name].local for name in members])
+        self.mapping = tuple(parts[name].local for name in members)
         self.recogniser = Recogniser([channels for channels, _, _ in shapes], products)
         self.alignments = nn.ModuleList(Alignment(len(members), self.grid) for _ in range(products))
         self._fitting: _CrossFit | None = None
@@ -145,7 +145,7 @@ class Ensemble(StatisticalDetector):
         alignment.learn_places(maps, self.prior)
         evidence = self._evidence(without_itself(maps, self.prior), images)
         alignment.learn_members(evidence)
-        alignment.learn_sum(self._joined(alignment.members(evidence)))
+        alignment.learn_sum(self._joined(alignment.scales.members(evidence)))
 
     # Products that come and go.
 
@@ -169,6 +169,12 @@ class Ensemble(StatisticalDetector):
 
     # Scoring.
 
+    def check_exportable(self) -> None:
+        """Raises ExportError where a member cannot be expressed as one graph."""
+        for part in self.members:
+            assert isinstance(part, Detector)
+            part.check_exportable()
+
     @torch.no_grad()
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
@@ -180,14 +186,11 @@ class Ensemble(StatisticalDetector):
     def forward_given(self, features: Features, product: Tensor) -> Scores:
         """Scores under a product (N,)."""
         maps, images = self._raw(list(self.members), features, product)
-        known = [self.alignment(y) for y in product.tolist()]
-        if any(float(alignment.spread) == 0 for alignment in known):
+        known = scales_of([self.alignment(y) for y in range(len(self.alignments))], product)
+        if not torch.compiler.is_exporting() and bool((known.spread == 0).any()):
             raise UnispectError("ensemble has not learnt this product yet: fit it on normal images first")
-        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
-        evidence = self._evidence(placed, images)
-        standard = torch.stack([alignment.members(row) for alignment, row in zip(known, evidence, strict=True)])
-        joined = self._joined(standard)
-        image = torch.stack([alignment.sum(value) for alignment, value in zip(known, joined, strict=True)])
+        placed = known.places(maps)
+        image = known.sum(self._joined(known.members(self._evidence(placed, images))))
         raw = (self._evidence(maps, images) * self._weight(images)).sum(1)
         return Scores(image, self._map(placed), unaligned=raw)
 
@@ -199,7 +202,7 @@ class Ensemble(StatisticalDetector):
     def _evidence(self, maps: Tensor, images: Tensor) -> Tensor:
         """Highest places of the maps of members that map, image scores of the others, (N, M)."""
         highest = top_mean(maps.flatten(0, 1), self.top).unflatten(0, maps.shape[:2])
-        return torch.where(self.mapping, highest.to(images), images)
+        return torch.where(torch.tensor(self.mapping), highest.to(images), images)
 
     def _joined(self, standard: Tensor) -> Tensor:
         """Evidence of the members in standard deviations, (N, M) -> (N,)."""
@@ -211,9 +214,9 @@ class Ensemble(StatisticalDetector):
 
     def _map(self, placed: Tensor) -> Tensor:
         """Mean of the maps of members that map, or of all where none does, (N, M, g, g) -> (N, side, side)."""
-        weight = self._weight(placed) * (self.mapping if bool(self.mapping.any()) else 1)
+        weight = self._weight(placed) * (torch.tensor(self.mapping) if any(self.mapping) else 1)
         mean = torch.einsum("nmhw,m->nhw", placed, weight / weight.sum())
-        return blurred(upsampled(mean, self.map_side, aligned=False), self.sigma)
+        return magnified(mean, self.map_side, self.sigma, aligned=False)
 
 
 class _CrossFit:

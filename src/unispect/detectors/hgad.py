@@ -24,7 +24,7 @@ from unispect.nn.coupling import Flow
 from unispect.nn.crowds import Nearest
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
 from unispect.nn.likelihood import Tally
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, entropy
 from unispect.nn.position import positional_encoding
 from unispect.types import Features, Scores
@@ -52,6 +52,7 @@ class Level(nn.Module):
     log_whiten: Tensor
     mean_logdet: Tensor
     order: Tensor
+    turned: Tensor
     condition: Tensor | None
 
     def __init__(
@@ -65,6 +66,7 @@ class Level(nn.Module):
         self.register_buffer("log_whiten", torch.zeros(()))
         self.register_buffer("mean_logdet", torch.zeros(()))
         self.register_buffer("order", order, persistent=False)
+        self.register_buffer("turned", order.flatten().argsort(), persistent=False)
         encoding = positional_encoding(position, height, width).flatten(1).T.to(self.shift.dtype)
         self.register_buffer("condition", encoding if position else None, persistent=False)
 
@@ -93,15 +95,11 @@ class Level(nn.Module):
 
     def in_order(self, z: Tensor) -> Tensor:
         """Vectors by cell back in the order of the places, (N, c, q, C) -> (N, h*w, C)."""
-        vectors = torch.empty_like(z.flatten(1, 2))
-        vectors[:, self.order.flatten()] = z.flatten(1, 2)
-        return vectors
+        return z.flatten(1, 2).index_select(1, self.turned)
 
     def as_map(self, values: Tensor) -> Tensor:
         """Values by cell back on the grid, (N, c, q) -> (N, h, w)."""
-        grid = torch.empty_like(values.flatten(1))
-        grid[:, self.order.flatten()] = values.flatten(1)
-        maps: Tensor = grid.unflatten(1, self.shape[1:])
+        maps: Tensor = values.flatten(1).index_select(1, self.turned).unflatten(1, self.shape[1:])
         return maps
 
     def distance(self, inside: Tensor, logdet: Tensor, product: Tensor) -> Tensor:
@@ -434,7 +432,7 @@ class HGAD(VectorDetector):
         latents = []
         for number in self.mapped:
             level = self.level(number)
-            z, _ = level.latent(level.arranged(features[number]), level.everywhere(len(features[number])))
+            z, _ = level.latent(level.arranged(features[number]), level.everywhere(features[number].shape[0]))
             latents.append(level.in_order(z))
         return latents
 
@@ -485,7 +483,7 @@ class HGAD(VectorDetector):
         latents = []
         for part, level in zip(self.levels, features, strict=True):
             assert isinstance(part, Level)
-            z, logdet = part.latent(part.arranged(level), part.everywhere(len(level)))
+            z, logdet = part.latent(part.arranged(level), part.everywhere(level.shape[0]))
             latents.append(_Latent(part, z, logdet, part.mixture.logits(z)))
         return latents
 
@@ -578,9 +576,9 @@ class HGAD(VectorDetector):
             centre, scale = self.map_mean[number, product], self.map_scale[number, product]
             standard = (distance - centre[:, None, None]) / scale[:, None, None]
             if latents[number].level.dense or len(latents) == 1:
-                maps.append(upsampled(standard, self.map_side))
+                maps.append(magnified(standard, self.map_side, self.sigma))
         image, unaligned = torch.stack(images).mean(0), torch.stack(raw).mean(0)
-        return Scores(image, blurred(torch.stack(maps).mean(0), self.sigma), products, unaligned)
+        return Scores(image, torch.stack(maps).mean(0), products, unaligned)
 
 
 def _recognised(latents: Sequence[_Latent]) -> Tensor:
@@ -589,7 +587,7 @@ def _recognised(latents: Sequence[_Latent]) -> Tensor:
 
 def fused(parts: Sequence[Tensor], offset: float | Tensor, side: int, sigma: float) -> Tensor:
     """offset - sum of the levels' maps (N, h, w), each brought to side x side, then blurred: S_l and S_e of the paper."""
-    return blurred(offset - torch.stack([upsampled(part, side) for part in parts]).sum(0), sigma)
+    return offset - torch.stack([magnified(part, side, sigma) for part in parts]).sum(0)
 
 
 def _set_centres(mixture: HierarchicalMixture, product: int, residuals: Tensor, seed: int) -> None:

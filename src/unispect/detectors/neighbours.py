@@ -18,9 +18,9 @@ from torch.nn.functional import interpolate
 from unispect.detectors.base import StatisticalDetector, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.memory import Coreset
-from unispect.nn.neighbourhood import Neighbourhood
+from unispect.nn.neighbourhood import Neighbourhood, distances
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
 
@@ -93,8 +93,13 @@ class Neighbours(StatisticalDetector):
 
     def embed(self, features: Features) -> Tensor:
         """Vectors of all places, L levels (N, C, h, w) -> (N, h*w, C of all levels)."""
-        levels = [interpolate(features[number], self.grid, mode="bilinear", align_corners=False) for number in self.levels]
-        return torch.cat(levels, 1).flatten(2).mT
+        levels = [features[number] for number in self.levels]
+        return torch.cat([self._resized(level) for level in levels], 1).flatten(2).mT
+
+    def _resized(self, level: Tensor) -> Tensor:
+        if level.shape[2:] == self.grid:
+            return level
+        return interpolate(level, self.grid, mode="bilinear", align_corners=False)
 
     # Learning, image by image: what is learnt of a product does not depend on what shares a batch with it.
 
@@ -154,14 +159,13 @@ class Neighbours(StatisticalDetector):
     @torch.no_grad()
     def forward_given(self, features: Features, product: Tensor) -> Scores:
         """Scores under a product (N,)."""
-        rows = [self._distances(image, y) for image, y in zip(self.embed(features), product.tolist(), strict=True)]
-        distances = torch.stack(rows).unflatten(1, self.grid)
-        maps = upsampled(distances, self.map_side, aligned=False)
-        return Scores(top_mean(distances, self.top), blurred(maps, self.sigma))
-
-    def _distances(self, vectors: Tensor, product: int) -> Tensor:
-        known = self.product(product)
-        if not len(known.bank):
+        parts = [self.product(y) for y in range(len(self.products))]
+        if not all(len(part.bank) for part in _asked(parts, product)):
             raise UnispectError("neighbours has learnt nothing yet: fit it on normal images first")
-        distances: Tensor = known(vectors, self.neighbours, self.support)
-        return distances
+        found = distances(parts, self.embed(features), product, self.neighbours, self.support).unflatten(1, self.grid)
+        return Scores(top_mean(found, self.top), magnified(found, self.map_side, self.sigma, aligned=False))
+
+
+def _asked(parts: Sequence[Neighbourhood], product: Tensor) -> Sequence[Neighbourhood]:
+    """Those of the products (N,); in an exported graph, which knows no image yet, all of them."""
+    return parts if torch.compiler.is_exporting() else [parts[y] for y in product.tolist()]

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from unispect.nn.routing import taken
+
 TAIL = 0.95  # quantile of a product's out-of-fold scores that is brought to 0: thresholds lie in the tail
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Units of one product, or those of N images with N as the first dimension.
+
+    place_mean, place_scale   (M, g, g)
+    mean, scale               of the members' evidence, (M,)
+    tail, spread              of the joined evidence, ()
+    """
+
+    place_mean: Tensor
+    place_scale: Tensor
+    mean: Tensor
+    scale: Tensor
+    tail: Tensor
+    spread: Tensor
+
+    def places(self, maps: Tensor) -> Tensor:
+        """Maps (N, M, g, g) in units of their places."""
+        return (maps - self.place_mean) / self.place_scale
+
+    def whole(self, maps: Tensor) -> Tensor:
+        """Maps (N, M, g, g) in units of their product, alike at all places."""
+        mean = self.place_mean.mean((-2, -1), keepdim=True)
+        return (maps - mean) / self.place_scale.square().mean((-2, -1), keepdim=True).sqrt()
+
+    def members(self, evidence: Tensor) -> Tensor:
+        """Evidence (N, M) in units of the members."""
+        return (evidence - self.mean) / self.scale
+
+    def sum(self, joined: Tensor) -> Tensor:
+        """Joined evidence (N,) in units of the product."""
+        return (joined - self.tail) / self.spread
 
 
 class Alignment(nn.Module):
@@ -50,22 +87,16 @@ class Alignment(nn.Module):
         self.tail.copy_(joined.quantile(TAIL))
         self.spread.copy_(_spread(joined[:, None])[0])
 
-    def places(self, maps: Tensor) -> Tensor:
-        """Maps (N, M, g, g) in units of their places."""
-        return (maps - self.place_mean) / self.place_scale
+    @property
+    def scales(self) -> Scales:
+        """What was learnt."""
+        return Scales(*(self.get_buffer(name) for name in Scales.__slots__))
 
-    def whole(self, maps: Tensor) -> Tensor:
-        """Maps (N, M, g, g) or (M, g, g) in units of their product, alike at all places."""
-        mean = self.place_mean.mean((1, 2), keepdim=True)
-        return (maps - mean) / self.place_scale.square().mean((1, 2), keepdim=True).sqrt()
 
-    def members(self, evidence: Tensor) -> Tensor:
-        """Evidence (N, M) in units of the members."""
-        return (evidence - self.mean) / self.scale
-
-    def sum(self, joined: Tensor) -> Tensor:
-        """Joined evidence (N,) in units of the product."""
-        return (joined - self.tail) / self.spread
+def scales_of(alignments: Sequence[Alignment], product: Tensor) -> Scales:
+    """The scales of each image's product, (N,)."""
+    known = [alignment.scales for alignment in alignments]
+    return Scales(*(taken([getattr(scales, name) for scales in known], product) for name in Scales.__slots__))
 
 
 class Folds:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from unispect.errors import ConfigError
-from unispect.nn.alignment import Alignment, finest, without_itself
+from unispect.nn.alignment import Alignment, finest, scales_of, without_itself
 from unispect.nn.gaussian import Moments
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean, upsampled
 from unispect.nn.memory import Coreset, greedy
-from unispect.nn.neighbourhood import Neighbourhood
+from unispect.nn.neighbourhood import Neighbourhood, distances
 from unispect.types import Scores
 
 Labelled: TypeAlias = tuple[Sequence[Tensor], Tensor, Tensor]  # vectors of each level, products, folds
@@ -128,8 +128,8 @@ class Crowds(nn.Module):
 
     def forward(self, vectors: Tensor, product: Tensor) -> Tensor:
         """Distances of vectors (N, p, C) to the centres of products (N,), in their units, (N, p)."""
-        pairs = zip(vectors, product.tolist(), strict=True)
-        return torch.stack([self._distance(self.product(y), image) for image, y in pairs])
+        parts = [self.product(y) for y in range(len(self.products))]
+        return distances(parts, vectors, product, self.neighbours, self.support)
 
     def _distance(self, part: Neighbourhood, vectors: Tensor) -> Tensor:
         distance: Tensor = part(vectors, self.neighbours, self.support)
@@ -210,19 +210,16 @@ class Nearest(nn.Module):
         alignment.learn_places(maps, self.place_prior)
         evidence = self._evidence(without_itself(maps, self.place_prior))
         alignment.learn_members(evidence)
-        alignment.learn_sum(alignment.members(evidence).mean(1))
+        alignment.learn_sum(alignment.scales.members(evidence).mean(1))
 
     def forward(self, vectors: Sequence[Tensor], product: Tensor) -> Scores:
         """Vectors (N, h*w, C) of each level and products (N,) -> scores with maps (N, side, side)."""
         pairs = zip(self._crowds(), vectors, strict=True)
         maps = self._maps([crowd(level, product) for crowd, level in pairs])
-        known = [self._alignment(y) for y in product.tolist()]
-        placed = torch.stack([alignment.places(row) for alignment, row in zip(known, maps, strict=True)])
-        rows = zip(known, self._evidence(placed), strict=True)
-        image = torch.stack([alignment.sum(alignment.members(row).mean()) for alignment, row in rows])
+        known = scales_of([self._alignment(y) for y in range(len(self.alignments))], product)
+        image = known.sum(known.members(self._evidence(known.places(maps))).mean(1))
         # Scales of places tell whether an image is normal; within it they hide defects where products differ.
-        shown = torch.stack([alignment.whole(row).mean(0) for alignment, row in zip(known, maps, strict=True)])
-        shown = blurred(upsampled(shown, self.map_side, aligned=False), self.sigma)
+        shown = magnified(known.whole(maps).mean(1), self.map_side, self.sigma, aligned=False)
         return Scores(image, shown, unaligned=self._evidence(maps).mean(1))
 
     def _crowds(self) -> list[Crowds]:

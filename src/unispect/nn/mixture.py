@@ -86,8 +86,17 @@ class HierarchicalMixture(nn.Module):
         if not self.cells:
             squared = (z**2).sum(-1, keepdim=True) - 2 * z @ self.mu.T + (self.mu**2).sum(-1)
             return -squared.movedim(-1, 0) / 2
+        if self.cells == 1 and torch.compiler.is_exporting():
+            return self._logits_together(z)
         rows = [self.residual(z, y, self.mu[y]).square().sum(-1) for y in range(self.products)]
         return -torch.stack(rows) / 2 + self.log_volume[:, None, :, None]
+
+    def _logits_together(self, z: Tensor) -> Tensor:
+        """`logits` under one covariance a product, by one matrix product, (m, 1, q, D) -> (Y, m, 1, q)."""
+        offset = torch.einsum("yd,yed->ye", self.mu + self.offset[:, 0], self.metric[:, 0])
+        residual = z @ self.metric.flatten(0, 2).T - offset.flatten()
+        squared = residual.unflatten(-1, (self.products, self.channels)).square().sum(-1)
+        return -squared.movedim(-1, 0) / 2 + self.log_volume[:, None, :, None]
 
     def inside(self, z: Tensor, product: int) -> Tensor:
         """log of one product's mixture at z, + (D/2) ln 2 pi, (m, c, q, D) -> (m, c, q). The main centre is fixed."""
@@ -95,7 +104,7 @@ class HierarchicalMixture(nn.Module):
 
     def own(self, z: Tensor, product: Tensor) -> Tensor:
         """`inside` under each image's own product, (m, c, q, D) and (m,) -> (m, c, q)."""
-        if self.cells <= 1:
+        if self.cells <= 1 or torch.compiler.is_exporting():
             return self._own(z, product)
         out = z.new_empty(z.shape[:-1])  # a matrix for each image and cell would be too much to gather
         for y in product.unique().tolist():

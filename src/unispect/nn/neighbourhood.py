@@ -14,8 +14,10 @@ from torch import Tensor
 from unispect.nn.buffers import Learnt
 from unispect.nn.gaussian import Moments
 from unispect.nn.memory import gaps, nearest
+from unispect.nn.routing import smallest, stacked, taken
 
 FLOOR = 1e-4  # of the mean variance: a direction with less counts as having that
+FAR = 1e30  # half the squared norm of a vector that only fills up a bank
 PLAIN = 0.3  # of the mean local distance is added to each, so that duplicates do not make it 0
 
 
@@ -62,3 +64,43 @@ class Neighbourhood(Learnt):
         distances, places = nearest(self.white(vectors), self.bank, max(neighbours, support))
         usual: Tensor = self.usual[places[:, :support]].mean(1) + PLAIN * self.usual.mean() + 1e-6
         return distances[:, :neighbours].mean(1) / usual
+
+
+def distances(parts: Sequence[Neighbourhood], vectors: Tensor, product: Tensor, neighbours: int, support: int) -> Tensor:
+    """Relative distances of vectors (N, p, C) of images to what is known of their products (N,), (N, p)."""
+    if torch.compiler.is_exporting():
+        return _routed(parts, vectors, product, neighbours, support)
+    pairs = zip(vectors, product.tolist(), strict=True)
+    return torch.stack([parts[y](image, neighbours, support) for image, y in pairs])
+
+
+def _routed(parts: Sequence[Neighbourhood], vectors: Tensor, product: Tensor, neighbours: int, support: int) -> Tensor:
+    """The same by one product of matrices for all images, in shapes alone."""
+    shift, whiten = (taken([part.get_buffer(name) for part in parts], product) for name in ("shift", "whiten"))
+    white = (vectors - shift[:, None]) @ whiten
+    banks = torch.cat([stacked([part.bank for part in parts]), stacked([_half_norms(part) for part in parts], FAR)], 2)
+    queries = torch.cat([-white, torch.ones_like(white[..., :1])], 2)
+    bank = banks.index_select(0, product)
+    closeness = bank @ queries.mT  # half the squared distance but for the query's own norm
+    _, places = smallest(closeness, min(max(neighbours, support), banks.shape[1]))
+    places = places.mT + banks.shape[1] * torch.arange(bank.shape[0], device=bank.device)[:, None, None]
+    near = bank.flatten(0, 1)[places[..., :neighbours]][..., :-1]
+    distance = torch.linalg.vector_norm(near - white[:, :, None], dim=3)
+    usual = stacked([part.usual for part in parts]).index_select(0, product).flatten()[places[..., :support]]
+    plain = taken([part.usual.mean() for part in parts], product)[:, None]
+    return _mean(distance, parts, product) / (_mean(usual, parts, product) + PLAIN * plain + 1e-6)
+
+
+def _half_norms(part: Neighbourhood) -> Tensor:
+    """Half the squared norm of each vector of the bank, (m, 1)."""
+    return part.bank.square().sum(1, keepdim=True) / 2
+
+
+def _mean(values: Tensor, parts: Sequence[Neighbourhood], product: Tensor) -> Tensor:
+    """Mean of the first values (N, p, k), as many as the product has vectors, (N, p)."""
+    most = values.shape[2]
+    held = [min(most, part.bank.shape[0]) for part in parts]
+    if min(held) == most:
+        return values.mean(2)
+    weights = [[(place < count) / max(count, 1) for place in range(most)] for count in held]
+    return (values * torch.tensor(weights).to(values).index_select(0, product)[:, None]).sum(2)

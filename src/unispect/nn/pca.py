@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from unispect.nn.buffers import Learnt
 from unispect.nn.gaussian import Moments, ledoit_wolf
+from unispect.nn.routing import stacked, taken
 
 FLOOR = 1e-6  # of the mean variance of all components: less counts as that, so that a constant direction stays finite
 
@@ -78,3 +81,12 @@ class Components:
         """Sum of the fourth powers of the norms of vectors (n, C) among the components."""
         reduced = (vectors.double() - self.mean) @ self.directions
         return float(reduced.square().sum(1).square().sum())
+
+
+def distances(parts: Sequence[Subspace], vectors: Tensor, product: Tensor) -> Tensor:
+    """Distances of vectors (N, p, C) of images under the Gaussian of their product (N,), (N, p)."""
+    if torch.compiler.is_exporting():
+        offset = vectors - taken([part.mean for part in parts], product)[:, None]
+        matrix = stacked([part.matrix for part in parts]).index_select(0, product)
+        return torch.linalg.vector_norm(offset @ matrix.mT, dim=2)
+    return torch.stack([parts[y](image) for image, y in zip(vectors, product.tolist(), strict=True)])

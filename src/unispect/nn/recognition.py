@@ -58,7 +58,10 @@ class Recogniser(nn.Module):
     def likelihoods(self, features: Features) -> Tensor:
         """(N, K) log-likelihoods under each product, up to a constant."""
         levels = pooled(features)
-        return torch.stack([self._product(y)(levels) for y in range(len(self.products))], dim=1)
+        parts = [self._product(y) for y in range(len(self.products))]
+        if torch.compiler.is_exporting():
+            return _together(parts, levels)
+        return torch.stack([part(levels) for part in parts], dim=1)
 
     def add(self, other: Recogniser) -> None:
         """The products of another, after one's own."""
@@ -105,3 +108,14 @@ class _Product(nn.Module):
             white = (level - self.get_buffer(f"mean{number}")) @ self.get_buffer(f"whiten{number}").T
             total = total - white.square().sum(1) / 2
         return total
+
+
+def _together(parts: Sequence[_Product], levels: Sequence[Tensor]) -> Tensor:
+    """Log-likelihoods under all products, (N, K), in few and large matrix products."""
+    total = torch.stack([part.get_buffer("log_volume") for part in parts])
+    for number, level in enumerate(levels):
+        mean = torch.stack([part.get_buffer(f"mean{number}") for part in parts])
+        whiten = torch.stack([part.get_buffer(f"whiten{number}") for part in parts])
+        white = (level - mean[:, None]) @ whiten.mT
+        total = total - white.square().sum(2).T / 2
+    return total
