@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-
 import test_conformance as conformance
-from exported import ENGINES, Engine, Fields, exported, present
+import torch
 from test_conformance import CASES, Case, planted
+
+from exported import ENGINES, Engine, Fields, exported, present
 from unispect.detectors.base import Detector, GradientDetector, StatisticalDetector
 from unispect.detectors.patchcore import PatchCore
 from unispect.fit import fit, learn

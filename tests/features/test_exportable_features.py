@@ -16,9 +16,7 @@ EXTRACTORS = {
     "joined": lambda: PyramidExtractor("tf_efficientnet_lite0", ["blocks.2", "blocks.4"], joined=True),
     "efficientnet": lambda: PyramidExtractor("efficientnet_b0", [1, "blocks.4.1.conv_pwl"], weights="random"),
     "resnet": lambda: PyramidExtractor("resnet18", ["layer1", "layer2"], weights="random", padding="reflect"),
-    "image": lambda: WithImage(
-        engine(PyramidExtractor("tf_efficientnet_lite0", ["blocks.2"]), "torch")
-    ).network,
+    "image": lambda: WithImage(engine(PyramidExtractor("tf_efficientnet_lite0", ["blocks.2"]), "torch")).network,
     "pixels": PixelExtractor,
 }
 

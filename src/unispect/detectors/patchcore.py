@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unispect.detectors.base import StatisticalDetector, check_choices, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
-from unispect.nn.maps import blurred, upsampled
+from unispect.nn.maps import magnified
 from unispect.nn.memory import Bank, Coreset, votes
 from unispect.nn.patches import patch_weights
 from unispect.types import Features, Scores
@@ -180,12 +180,8 @@ class PatchCore(StatisticalDetector):
         if self.distance == "squared":
             distances = distances.square()
         score, closest = distances.mean(1).unflatten(0, patches.shape[:2]), places[:, 0].unflatten(0, patches.shape[:2])
-        maps = upsampled(score.unflatten(1, self.grid), self.map_side, aligned=False)
-        return (
-            self._image_score(score, closest, patches),
-            blurred(maps, self.sigma),
-            votes(self.bank.product, self.products, closest),
-        )
+        maps = magnified(score.unflatten(1, self.grid), self.map_side, self.sigma, aligned=False)
+        return self._image_score(score, closest, patches), maps, votes(self.bank.product, self.products, closest)
 
     def _image_score(self, score: Tensor, closest: Tensor, patches: Tensor) -> Tensor:
         """The highest patch score (N, h*w) -> (N,), under "softmax" less where the bank is dense."""

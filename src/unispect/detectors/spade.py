@@ -148,8 +148,8 @@ class SPADE(StatisticalDetector):
         gallery = self.gallery.level(number)
         if torch.compiler.is_exporting():
             kept = gallery.index_select(0, places.flatten()).to(level).unflatten(0, (-1, places.shape[1]))
-            own = nearest_own(level.flatten(2).mT, kept.permute(0, 1, 3, 4, 2).flatten(1, 3))
-            return own.unflatten(1, level.shape[2:])
+            own: Tensor = nearest_own(level.flatten(2).mT, kept.permute(0, 1, 3, 4, 2).flatten(1, 3))
+            return own.reshape(-1, *level.shape[2:])
         gaps = level.new_empty(len(level), *level.shape[2:])
         for image, kept in enumerate(places):
             distances, _ = nearest(_vectors(level[image : image + 1]), _vectors(gallery[kept].to(level)))

@@ -249,9 +249,9 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
 
 
 def nearest_own(queries: Tensor, banks: Tensor, chunk: int = 1 << 22) -> Tensor:
-    """As `nearest`, the distance to the nearest alone, of each image's queries in its own bank, (N, q, C), (N, m, C) -> (N, q).
+    """Distance of each image's queries to the nearest of its own bank, (N, q, C), (N, m, C) -> (N, q). See `nearest`.
 
-    `chunk` bounds the numbers of one image held at once. It needs no look at an image by itself, so a graph can have it.
+    `chunk` bounds the numbers of one image held at once. It never looks at an image by itself, so a graph can have it.
     """
     shifted = banks - (centre := banks.mean(1, keepdim=True))
     half, wanted = shifted.square().sum(2)[:, None] / 2, min(1 + SPARE, banks.shape[1])

@@ -1,4 +1,4 @@
-"""PatchCore's pooled neighbourhoods as one convolution a level: windows, and means of runs of them, are linear in the level."""
+"""PatchCore's pooled neighbourhoods as one convolution a level: windows and means of runs of them are linear in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def averaging(inputs: int, outputs: int) -> csr_array:
-    """What adaptive average pooling multiplies by, (outputs, inputs): means of runs that cover all, overlapping if need be."""
+    """What adaptive average pooling multiplies by, (outputs, inputs): means of runs, which may overlap."""
     rows = np.arange(outputs)
     first, beyond = rows * inputs // outputs, -(-(rows + 1) * inputs // outputs)
     sizes = beyond - first

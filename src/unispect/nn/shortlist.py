@@ -41,7 +41,7 @@ class Shortlist(nn.Module):
     centre: Tensor
     axes: Tensor
     turned: Tensor
-    half: Tensor
+    norms: Tensor
 
     def __init__(self, bank: Tensor, channels: int) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class Shortlist(nn.Module):
         turned = (shifted @ axes).to(bank)
         for name, value in {"centre": centre, "axes": axes.to(bank), "turned": turned}.items():
             self.register_buffer(name, value, persistent=False)
-        self.register_buffer("half", turned.square().sum(1, keepdim=True) / 2, persistent=False)
+        self.register_buffer("norms", turned.square().sum(1, keepdim=True) / 2, persistent=False)
 
     def forward(self, queries: Tensor, count: int) -> Tensor:
         """Places of the candidates of each query, (n, C) -> (n, count)."""
         turned = (queries - self.centre) @ self.axes
-        return lowest(self.half - self.turned @ turned.mT, count).mT
+        return lowest(self.norms - self.turned @ turned.mT, count).mT
