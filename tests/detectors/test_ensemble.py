@@ -328,10 +328,10 @@ def test_aligned_out_of_fold_scores_have_their_tail_at_zero_and_spread_one() -> 
     for y in range(2):
         evidence = [highest(left_out(own_maps(features, product, y, channel), 20.0), 0.01) for channel in (1, 2)]
         alignment = ensemble.alignment(y)
-        standard = alignment.members(torch.from_numpy(np.stack(evidence, 1)).float())
+        standard = alignment.scales.members(torch.from_numpy(np.stack(evidence, 1)).float())
         np.testing.assert_allclose(standard.mean(0).numpy(), 0, atol=1e-4)
         np.testing.assert_allclose(standard.std(0).numpy(), 1, atol=1e-4)
-        aligned = alignment.sum(ensemble._joined(standard)).double().numpy()
+        aligned = alignment.scales.sum(ensemble._joined(standard)).double().numpy()
         assert np.quantile(aligned, 0.95) == pytest.approx(0, abs=1e-4)
         assert aligned.std(ddof=1) == pytest.approx(1, abs=1e-4)
 

@@ -26,9 +26,9 @@ def test_whole_maps_have_one_unit_for_all_places() -> None:
     maps = 3 + torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2
     alignment = Alignment(1, 4)
     alignment.learn_places(maps, prior=20.0)
-    whole = alignment.whole(maps)
+    whole = alignment.scales.whole(maps)
     torch.testing.assert_close(whole.mean(), torch.tensor(0.0), rtol=0, atol=1e-4)
     torch.testing.assert_close(whole.std(), torch.tensor(1.0), rtol=0.02, atol=0)
     gain = (whole[0] - whole[1]) / (maps[0] - maps[1])
     torch.testing.assert_close(gain, gain.mean().expand_as(gain))
-    assert torch.equal(alignment.whole(maps[5]), whole[5])
+    assert torch.equal(alignment.scales.whole(maps[5]), whole[5])

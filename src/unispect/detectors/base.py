@@ -153,7 +153,7 @@ class Detector(nn.Module, ABC):
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores; higher is more abnormal."""
 
-    def check_exportable(self) -> None:  # noqa: B027
+    def check_exportable(self) -> None:
         """Raises ExportError where its settings cannot be expressed as one graph."""
 
 
@@ -167,6 +167,14 @@ class TakesProduct(Protocol):
 
     def forward_given(self, features: Features, product: Tensor) -> Scores:
         """As forward, under the product (N,) of each image."""
+
+
+@runtime_checkable
+class Quickens(Protocol):
+    """A detector whose exported graph can be made quicker at the price of a small error, which it states."""
+
+    def quicken(self) -> None:
+        """Have exported graphs take the quick way from now on; scoring in torch stays as it is."""
 
 
 @runtime_checkable

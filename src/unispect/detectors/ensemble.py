@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.alignment import Alignment, Folds, deal, finest, scales_of, without_itself
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
 
@@ -216,7 +216,7 @@ class Ensemble(StatisticalDetector):
         """Mean of the maps of members that map, or of all where none does, (N, M, g, g) -> (N, side, side)."""
         weight = self._weight(placed) * (torch.tensor(self.mapping) if any(self.mapping) else 1)
         mean = torch.einsum("nmhw,m->nhw", placed, weight / weight.sum())
-        return blurred(upsampled(mean, self.map_side, aligned=False), self.sigma)
+        return magnified(mean, self.map_side, self.sigma, aligned=False)
 
 
 class _CrossFit:

@@ -24,7 +24,7 @@ from unispect.nn.coupling import Flow
 from unispect.nn.crowds import Nearest
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
 from unispect.nn.likelihood import Tally
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, entropy
 from unispect.nn.position import positional_encoding
 from unispect.types import Features, Scores
@@ -576,9 +576,9 @@ class HGAD(VectorDetector):
             centre, scale = self.map_mean[number, product], self.map_scale[number, product]
             standard = (distance - centre[:, None, None]) / scale[:, None, None]
             if latents[number].level.dense or len(latents) == 1:
-                maps.append(upsampled(standard, self.map_side))
+                maps.append(magnified(standard, self.map_side, self.sigma))
         image, unaligned = torch.stack(images).mean(0), torch.stack(raw).mean(0)
-        return Scores(image, blurred(torch.stack(maps).mean(0), self.sigma), products, unaligned)
+        return Scores(image, torch.stack(maps).mean(0), products, unaligned)
 
 
 def _recognised(latents: Sequence[_Latent]) -> Tensor:
@@ -587,7 +587,7 @@ def _recognised(latents: Sequence[_Latent]) -> Tensor:
 
 def fused(parts: Sequence[Tensor], offset: float | Tensor, side: int, sigma: float) -> Tensor:
     """offset - sum of the levels' maps (N, h, w), each brought to side x side, then blurred: S_l and S_e of the paper."""
-    return blurred(offset - torch.stack([upsampled(part, side) for part in parts]).sum(0), sigma)
+    return offset - torch.stack([magnified(part, side, sigma) for part in parts]).sum(0)
 
 
 def _set_centres(mixture: HierarchicalMixture, product: int, residuals: Tensor, seed: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from unispect.detectors.base import StatisticalDetector, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean
 from unispect.nn.memory import Coreset
 from unispect.nn.neighbourhood import Neighbourhood, distances
 from unispect.nn.recognition import Recogniser
@@ -93,8 +93,13 @@ class Neighbours(StatisticalDetector):
 
     def embed(self, features: Features) -> Tensor:
         """Vectors of all places, L levels (N, C, h, w) -> (N, h*w, C of all levels)."""
-        levels = [interpolate(features[number], self.grid, mode="bilinear", align_corners=False) for number in self.levels]
-        return torch.cat(levels, 1).flatten(2).mT
+        levels = [features[number] for number in self.levels]
+        return torch.cat([self._resized(level) for level in levels], 1).flatten(2).mT
+
+    def _resized(self, level: Tensor) -> Tensor:
+        if level.shape[2:] == self.grid:
+            return level
+        return interpolate(level, self.grid, mode="bilinear", align_corners=False)
 
     # Learning, image by image: what is learnt of a product does not depend on what shares a batch with it.
 
@@ -158,8 +163,7 @@ class Neighbours(StatisticalDetector):
         if not all(len(part.bank) for part in _asked(parts, product)):
             raise UnispectError("neighbours has learnt nothing yet: fit it on normal images first")
         found = distances(parts, self.embed(features), product, self.neighbours, self.support).unflatten(1, self.grid)
-        maps = upsampled(found, self.map_side, aligned=False)
-        return Scores(top_mean(found, self.top), blurred(maps, self.sigma))
+        return Scores(top_mean(found, self.top), magnified(found, self.map_side, self.sigma, aligned=False))
 
 
 def _asked(parts: Sequence[Neighbourhood], product: Tensor) -> Sequence[Neighbourhood]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unispect.detectors.base import StatisticalDetector, check_choices, check_shares, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean, upsampled
 from unispect.nn.pca import Components, Subspace, distances
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
@@ -165,8 +165,8 @@ class OPCA(StatisticalDetector):
         chosen = product if self.per_product else torch.zeros_like(product)
         self._check_learnt(chosen)
         maps = {number: self._distances(features[number], number, chosen) for number in self.mapped}
-        fused = torch.stack([upsampled(level, self.map_side, aligned=False) for level in maps.values()]).mean(0)
-        return Scores(self._image(features, maps, fused, chosen), blurred(fused, self.sigma))
+        shown = [magnified(level, self.map_side, self.sigma, aligned=False) for level in maps.values()]
+        return Scores(self._image(features, maps, chosen), torch.stack(shown).mean(0))
 
     def _check_learnt(self, product: Tensor) -> None:
         # An exported graph knows no image yet: there any product may be asked for that the recogniser can name.
@@ -174,12 +174,13 @@ class OPCA(StatisticalDetector):
         if any(not len(level.matrix) for y in asked for level in self._levels(y)):
             raise UnispectError("OPCA has not learnt this product yet: call update and finish first, or load its state")
 
-    def _image(self, features: Features, maps: dict[int, Tensor], fused: Tensor, product: Tensor) -> Tensor:
+    def _image(self, features: Features, maps: dict[int, Tensor], product: Tensor) -> Tensor:
         if self.mode == "pooled":
             means = ((number, features[number].mean((2, 3), keepdim=True)) for number in self.levels)
             return _sum(self._distances(level, number, product)[:, 0, 0] for number, level in means)
         if self.image == "top":
-            return top_mean(fused, self.top)
+            levels = [upsampled(level, self.map_side, aligned=False) for level in maps.values()]
+            return top_mean(torch.stack(levels).mean(0), self.top)
         return _sum(level.flatten(1).amax(1) for level in maps.values())
 
     def _distances(self, level: Tensor, number: int, product: Tensor) -> Tensor:

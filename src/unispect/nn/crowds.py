@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unispect.errors import ConfigError
 from unispect.nn.alignment import Alignment, finest, scales_of, without_itself
 from unispect.nn.gaussian import Moments
-from unispect.nn.maps import blurred, top_mean, upsampled
+from unispect.nn.maps import magnified, top_mean, upsampled
 from unispect.nn.memory import Coreset, greedy
 from unispect.nn.neighbourhood import Neighbourhood, distances
 from unispect.types import Scores
@@ -219,8 +219,7 @@ class Nearest(nn.Module):
         known = scales_of([self._alignment(y) for y in range(len(self.alignments))], product)
         image = known.sum(known.members(self._evidence(known.places(maps))).mean(1))
         # Scales of places tell whether an image is normal; within it they hide defects where products differ.
-        shown = known.whole(maps).mean(1)
-        shown = blurred(upsampled(shown, self.map_side, aligned=False), self.sigma)
+        shown = magnified(known.whole(maps).mean(1), self.map_side, self.sigma, aligned=False)
         return Scores(image, shown, unaligned=self._evidence(maps).mean(1))
 
     def _crowds(self) -> list[Crowds]:

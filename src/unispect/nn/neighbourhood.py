@@ -80,15 +80,15 @@ def _routed(parts: Sequence[Neighbourhood], vectors: Tensor, product: Tensor, ne
     white = (vectors - shift[:, None]) @ whiten
     banks = torch.cat([stacked([part.bank for part in parts]), stacked([_half_norms(part) for part in parts], FAR)], 2)
     queries = torch.cat([-white, torch.ones_like(white[..., :1])], 2)
-    closeness = banks.index_select(0, product) @ queries.mT  # half the squared distance but for the query's own norm
-    _, found = smallest(closeness, min(max(neighbours, support), banks.shape[1]))
-    places = found.mT + (product * banks.shape[1])[:, None, None]
-    usual = stacked([part.usual for part in parts]).flatten()[places[..., :support]]
+    bank = banks.index_select(0, product)
+    closeness = bank @ queries.mT  # half the squared distance but for the query's own norm
+    _, places = smallest(closeness, min(max(neighbours, support), banks.shape[1]))
+    places = places.mT + banks.shape[1] * torch.arange(bank.shape[0], device=bank.device)[:, None, None]
+    near = bank.flatten(0, 1)[places[..., :neighbours]][..., :-1]
+    distance = torch.linalg.vector_norm(near - white[:, :, None], dim=3)
+    usual = stacked([part.usual for part in parts]).index_select(0, product).flatten()[places[..., :support]]
     plain = taken([part.usual.mean() for part in parts], product)[:, None]
-    gap = banks.flatten(0, 1)[places[..., :neighbours]][..., :-1] - white[:, :, None]
-    near = torch.linalg.vector_norm(gap, dim=3)
-    far = _mean(near, parts, product)
-    return far / (_mean(usual, parts, product) + PLAIN * plain + 1e-6)
+    return _mean(distance, parts, product) / (_mean(usual, parts, product) + PLAIN * plain + 1e-6)
 
 
 def _half_norms(part: Neighbourhood) -> Tensor:

@@ -1,0 +1,160 @@
+"""Detectors that route images to what is known of their product, and aligners on them, as one graph in two engines."""
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import onnxscript.optimizer
+import openvino
+import pytest
+import torch
+from test_conformance import PRODUCTS, SHAPES, SHORT, SMALL, defective, normal
+from torch import Tensor, nn
+from torch.export import Dim
+
+from planted import labelled
+from unispect.align.aligners import ALIGNERS
+from unispect.align.base import Aligner, Pairs, Statistics, view, width
+from unispect.decide.unknown import Novelty
+from unispect.detectors.base import Detector, StatisticalDetector
+from unispect.detectors.methods import build, sections
+from unispect.fit import Labelled, fit, learn
+from unispect.inspector import complete
+from unispect.types import Features, Scores
+
+BATCHES = (1, 2, 5)
+FEW = 3  # images of the last product: what is known of the products differs in size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and its options, with an aligner after it or none."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    aligner: str = ""
+    alignment: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("hgad"),
+    Case("hgad", {"score": "aligned", "likelihood": "marginal", "position": 0}),
+    Case("hgad", {"score": "aligned", "covariance": "place"}),
+    Case("hgad", {"score": "gated", "covariance": "identity", "likelihood": "marginal"}),
+    Case("hgad", {"score": "product", "start": "published", "covariance": "identity", "criterion": "entropy"}),
+    Case("opca"),
+    Case("opca", {"image": "top", "per_product": False, "components": "all"}),
+    Case("opca", {"mode": "pooled", "components": "pca", "variance": 0.95}, "cada"),
+    Case("neighbours"),
+    Case("neighbours", {"support": 50, "neighbours": 1}, "cada-b"),
+    Case("ensemble", {}, "cada", {"gap": "plain", "balanced": False, "score": "map", "blur": True, "grid": 3, "kernel": 3}),
+    Case("ensemble", {"members": ["opca"], "weights": [1.0]}),
+]
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=[f"{case.method}{case.aligner and '-' + case.aligner}-{n}" for n, case in enumerate(CASES)]
+)
+
+
+class Whole(nn.Module):
+    """Levels of features -> image score, map, novelty and, where they are known, products, as a graph gives them."""
+
+    def __init__(self, detector: Detector, aligner: Aligner | None, novelty: Novelty) -> None:
+        super().__init__()
+        self.detector, self.aligner, self.novelty = detector, aligner, novelty
+
+    @torch.no_grad()
+    def forward(self, *levels: Tensor) -> tuple[Tensor, ...]:
+        features = list(levels)
+        scores = self.detector(features)
+        if self.aligner is not None:
+            scores = self.aligner(features, scores)
+        found = (scores.image, scores.maps, self.novelty(features), scores.products)
+        return tuple(value for value in found if value is not None)
+
+
+def uneven() -> tuple[Features, Tensor]:
+    """Normal images, of the last product few."""
+    levels, product = normal(60, 1)
+    kept = (product < PRODUCTS - 1) | (torch.arange(60) < FEW * PRODUCTS)
+    return [level[kept] for level in levels], product[kept]
+
+
+def learnt(case: Case) -> Whole:
+    levels, product = uneven()
+    own = SMALL[case.method] | case.options
+    given = {name: SMALL[name] for name in sections(case.method, own)} | {case.method: own}
+    detector = build(complete({"method": case.method, "seed": 0} | given), SHAPES, PRODUCTS, None)
+    teach(detector, labelled(levels, product.numpy()))
+    novelty = Novelty(tuple(channels for channels, _, _ in SHAPES), PRODUCTS)
+    novelty.update(levels, product)
+    novelty.finish()
+    return Whole(detector, aligned(case, detector) if case.aligner else None, novelty).eval()
+
+
+def teach(detector: Detector, images: Labelled) -> None:
+    if isinstance(detector, StatisticalDetector):
+        learn(detector, images)
+    else:
+        levels, product = normal(24, 2)
+        fit(detector, images, labelled(levels, product.numpy()), SHORT, 0)  # type: ignore[arg-type]
+
+
+def aligned(case: Case, detector: Detector) -> Aligner:
+    levels, product = normal(24, 3)
+    scores: Scores = detector(levels)
+    aligner = ALIGNERS[case.aligner](channels=width(levels, scores), products=PRODUCTS, **{"steps": 20} | case.alignment)
+    aligner.learn(Pairs(view(levels, scores, aligner.grid), Statistics.of(scores), product))
+    return aligner
+
+
+def exported(model: nn.Module, levels: Features, path: Path) -> None:
+    """As an ONNX file whose batch is free, with what does not depend on the image computed once."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    free = tuple({0: Dim.DYNAMIC} for _ in levels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        program = torch.export.export(model, tuple(levels), dynamic_shapes=(free,))
+        graph = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
+        assert graph is not None
+        onnxscript.optimizer.optimize_ir(graph.model, input_size_limit=2**31, output_size_limit=2**31)
+    graph.save(path)
+
+
+def in_onnxruntime(path: Path, levels: Features) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    found: list[np.ndarray] = session.run(None, {name: level.numpy() for name, level in zip(names, levels, strict=True)})
+    return found
+
+
+def in_openvino(path: Path, levels: Features) -> list[np.ndarray]:
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [value.copy() for value in compiled([level.numpy() for level in levels]).values()]
+
+
+def images(count: int) -> Features:
+    """Normal ones with defects among them."""
+    good, spoilt = normal(count, 4)[0], defective(count, 5)[0]
+    marred = torch.arange(count) % 2 == 1
+    return [torch.where(marred[:, None, None, None], other, level) for level, other in zip(good, spoilt, strict=True)]
+
+
+@every_case
+def test_the_graph_says_what_the_detector_says(case: Case, tmp_path: Path) -> None:
+    model, path = learnt(case), tmp_path / "model.onnx"
+    exported(model, images(2), path)
+    for count in BATCHES:
+        levels = images(count)
+        expected = model(*levels)
+        # The spread over many images: that of one is none.
+        spreads = [float(value.std()) for value in model(*images(20))]
+        for engine in (in_onnxruntime, in_openvino):
+            for found, value, spread in zip(engine(path, levels), expected, spreads, strict=True):
+                torch.testing.assert_close(torch.from_numpy(found), value, rtol=1e-4, atol=1e-4 * spread + 1e-7)
