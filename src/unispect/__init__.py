@@ -40,7 +40,18 @@ __version__ = version("unispect")
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'unispect' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        home = import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "unispect":
+            raise
+        from unispect.errors import MissingExtraError
+
+        raise MissingExtraError(
+            f"unispect.{name} needs the package {error.name}: pip install unispect[fit]; exported models are inspected "
+            "without it by unispect.runtime"
+        ) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from unispect.data.loader import Failure
     from unispect.data.records import Record
     from unispect.inspector import Inspector
+    from unispect.runtime import Inspector as Runtime
     from unispect.types import Finding
 
 DONE, ANOMALIES, USER_ERROR, BUG, STOPPED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+FITTING = {"torch", "torchvision", "timm", "scipy", "safetensors", "jinja2", "tomli_w"}  # not there for inspection alone
 QUIET = 2.0  # seconds before a bar appears
 CHUNK = 256  # files inspected between two looks at the list of paths
+COMPARED = 32  # images of --images that an export is compared on
 PICTURED = 100  # findings that keep their map for a report
 COLUMNS = (
     "path",
@@ -64,6 +67,7 @@ Rate = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be read.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of the feature cache; the user's unless given.")]
 Model = Annotated[Path, typer.Argument(help="Folder that `unispect fit` wrote.")]
+AnyModel = Annotated[Path, typer.Argument(help="Folder that `unispect fit` or `unispect export` wrote.")]
 Data = Annotated[Path, typer.Argument(help="Folder of images, or a manifest (.csv, .parquet); `unispect check` tells more.")]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="DATA is a public data set of this name; `unispect datasets` lists them.")
@@ -117,6 +121,8 @@ def _report_error(error: BaseException) -> int:
         return _said(f"error: {error}", USER_ERROR)
     if hasattr(error, "format_message"):  # a usage error; typer has had its base class in several places
         return _said(f"error: {error.format_message()}" if str(error) else "", USER_ERROR)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in FITTING:
+        return _said(f"error: this needs the package {error.name}: pip install unispect[fit]", USER_ERROR)
     if isinstance(error, OSError) and error.filename is not None:
         return _said(f"error: {error.filename}: {error.strerror}", USER_ERROR)
     text = " ".join(str(error).split())
@@ -428,7 +434,7 @@ def _products_text(inspector: Inspector) -> str:
 
 @app.command()
 def inspect(
-    model: Model,
+    model: AnyModel,
     paths: Annotated[list[str], typer.Argument(help="Files, folders, globs in quotes, or - for names on stdin.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One row an image, its first region in it.")] = False,
@@ -444,7 +450,7 @@ def inspect(
     if as_json and as_csv:
         raise typer.BadParameter("--json and --csv: choose one")
     sources = [source for text in paths for source in _sources(text)]
-    inspector = _loaded(model, false_alarm_rate)
+    inspector = _loaded_to_inspect(model, false_alarm_rate)
     printer = _Printer("json" if as_json else "csv" if as_csv else "text")
     kept = _Kept(report is not None)
     for number, result in enumerate(_inspected(inspector, sources, strict)):
@@ -489,7 +495,7 @@ def _holds_images(folder: str) -> bool:
     return next(images_below(Path(folder)), None) is not None
 
 
-def _inspected(inspector: Inspector, sources: Iterable[_Some], strict: bool) -> Iterator[Finding | Failure]:
+def _inspected(inspector: Inspector | Runtime, sources: Iterable[_Some], strict: bool) -> Iterator[Finding | Failure]:
     """Findings in the order of the paths; memory does not grow with their number."""
     from unispect.data.records import Record
 
@@ -609,11 +615,13 @@ def _lightened(results: Sequence[Finding | Failure]) -> list[Finding | Failure]:
     return [*findings[:PICTURED], *light, *(one for one in results if not isinstance(one, Finding))]
 
 
-def _write_findings(inspector: Inspector, results: Sequence[Finding | Failure], path: Path, model: Path) -> None:
+def _write_findings(inspector: Inspector | Runtime, results: Sequence[Finding | Failure], path: Path, model: Path) -> None:
     from unispect.report.page import write_findings_report
     from unispect.report.results import provenance
+    from unispect.runtime import Inspector as Runtime
 
-    facts = provenance(inspector, f"unispect inspect {model}")
+    command = f"unispect inspect {model}"
+    facts = {"Command": command} | inspector.facts if isinstance(inspector, Runtime) else provenance(inspector, command)
     _say(f"Report: {write_findings_report(results, path, 'Inspection', facts, preparation=inspector.preparation)}")
 
 
@@ -628,10 +636,89 @@ def _end(printer: _Printer, fail_on_anomaly: bool) -> None:
 
 
 def _loaded(model: Path, false_alarm_rate: float | None) -> Inspector:
+    """A model as it was learnt."""
+    from unispect.store import EXPORT, kind_of
+
+    if kind_of(model) == EXPORT:
+        raise StoreError(f"{model} is an exported model, which can only inspect: give the model that it was exported from")
     from unispect.inspector import Inspector
 
     inspector = Inspector.load(model)
     return inspector if false_alarm_rate is None else inspector.with_false_alarm_rate(false_alarm_rate)
+
+
+def _loaded_to_inspect(model: Path, false_alarm_rate: float | None) -> Inspector | Runtime:
+    """A model as it was learnt or, without torch, as it was exported."""
+    from unispect.store import EXPORT, kind_of
+
+    if kind_of(model) != EXPORT:
+        return _loaded(model, false_alarm_rate)
+    from unispect.runtime import Inspector as Runtime
+
+    exported = Runtime.load(model)
+    return exported if false_alarm_rate is None else exported.with_false_alarm_rate(false_alarm_rate)
+
+
+# watch, stream
+
+
+@app.command()
+def watch(
+    model: AnyModel,
+    folder: Annotated[Path, typer.Argument(help="Folder that images arrive in.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the findings, one .json an image.")],
+    settle: Annotated[float, typer.Option(help="Seconds for which a file must not have changed.")] = 1.0,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at the folder.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="End when everything that is there has been inspected.")] = False,
+    false_alarm_rate: Rate = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as findings are written.")] = False,
+) -> None:
+    """Inspect images as they arrive in a folder; each has one finding, also where this is killed and started again."""
+    from unispect.watch import watch as inspected
+
+    printer = _Printer("json" if as_json else "text")
+    try:
+        for _, result in inspected(_loaded_to_inspect(model, false_alarm_rate), folder, out, settle, poll, once):
+            printer.show(result, None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after {printer.inspected + printer.broken} images") from None
+
+
+@app.command()
+def stream(model: AnyModel, false_alarm_rate: Rate = None) -> None:
+    """Answer each line of JSON on stdin, {"path": FILE} or {"image": BASE64} and an "id", by one on stdout."""
+    from unispect.stream import answers
+
+    for answer in answers(_loaded_to_inspect(model, false_alarm_rate), sys.stdin):
+        _print_json(answer, None)
+
+
+# export
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the exported model.")],
+    to: Annotated[str, typer.Option("--to", help="onnx or openvino.")] = "onnx",
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of more images to compare torch and the export on.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as one graph that needs no torch, if it agrees with torch."""
+    from unispect.data.folder import images_below
+    from unispect.data.loader import decode
+    from unispect.export.bundle import export as write
+
+    more = [] if images is None else [decode(path) for path in islice(images_below(images), COMPARED)]
+    found = write(_loaded(model, None), out, to, overwrite, more)
+    if as_json:
+        _print_json(found.as_dict())
+        return
+    print(found.text())
+    print(f"Exported: {out}")
 
 
 # evaluate

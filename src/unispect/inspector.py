@@ -51,7 +51,7 @@ FOLDS = 4  # for an aligner of a detector that needs them (see Detector.spares_h
 MOST_PAIRS = 4096  # images that an aligner learns from at the most
 SECTIONS = ("preparation", "features", "split", "training", "decision")
 Progress = Callable[[str, int, int, dict[str, float]], None]
-Source = Path | str | np.ndarray | Image.Image
+Source = Path | str | bytes | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ class Inspector:
     def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
         """What is to be said of an image, or of several.
 
-        source   a file, an array (H, W), (H, W, 3) or (H, W, 4), a Pillow image: one finding;
+        source   a file, its content, an array (H, W), (H, W, 3) or (H, W, 4), a Pillow image: one finding;
                  a folder, an array (N, H, W, 3) or a sequence of the above: a list, in order
 
         Raises ImageError for what is not an image.
@@ -295,7 +295,7 @@ class Inspector:
             return [self._one(image) for image in source]
         if isinstance(source, Path | str) and Path(source).is_dir():
             return [self._one(path) for path in images_below(Path(source))]
-        if isinstance(source, Path | str | np.ndarray | Image.Image):
+        if isinstance(source, Path | str | bytes | np.ndarray | Image.Image):
             return self._one(source)
         return [self._one(image) for image in source]
 

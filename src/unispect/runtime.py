@@ -31,10 +31,11 @@ from unispect.errors import ConfigError, ImageError, MissingExtraError, StoreErr
 from unispect.store import EXPORT, read_model
 from unispect.types import Finding
 
-Source = Path | str | np.ndarray | Image.Image
+Source = Path | str | bytes | np.ndarray | Image.Image
 HINTS = ("throughput", "latency")
 ENGINES = ("auto", "onnxruntime", "openvino")
-INPUT, BETWEEN = "images", "prepared"
+INPUT, BETWEEN = "images", "prepared"  # names in the graph
+NAMES = ("score", "map", "product", "novelty")
 
 
 class Network(ABC):
@@ -124,7 +125,7 @@ class OpenVinoNetwork(Network):
         self._files = files
         self._kept = threading.local()
         self._compiled = self._core.compile_model(self._behind(self._read()), "CPU", self._hints)
-        self._names = [output.get_any_name() for output in self._compiled.outputs]
+        self._names = [next(name for name in NAMES if name in output.get_names()) for output in self._compiled.outputs]
 
     def _read(self) -> Any:
         if "model.onnx" in self._files:
@@ -181,9 +182,9 @@ class Inspector:
         Raises StoreError for a damaged or foreign folder, MissingExtraError.
         """
         files = read_model(Path(path), None, EXPORT)
+        graph = network(files, engine, hint, threads)
         try:
-            decision, about = json.loads(files["decision.json"]), json.loads(files["about.json"])
-            return cls(network(files, engine, hint, threads), decision, about, threads)
+            return cls(graph, json.loads(files["decision.json"]), json.loads(files["about.json"]), threads)
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"{path} is damaged or of another version of unispect ({error!r}): export it again") from error
 
@@ -191,6 +192,17 @@ class Inspector:
     def false_alarm_rate(self) -> float:
         """The promised share of normal images that raise an alarm."""
         return self.judge.decision.false_alarm_rate
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it is and where it comes from, for the foot of a report."""
+        about, size = self.about, self.preparation.size
+        return {
+            "Method": about["method"] + ("" if about["aligner"] == "none" else f" + {about['aligner']}"),
+            "Backbone": f"{about['backbone']}, {size} px, {self.network.name}",
+            "Exported": f"to {about['to']}, {about['exported']}",
+            "Versions": ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
+        }
 
     def with_false_alarm_rate(self, rate: float) -> Inspector:
         """The same model under another promise.
@@ -204,14 +216,14 @@ class Inspector:
     def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
         """What is to be said of an image, or of several.
 
-        source   a file, an array (H, W), (H, W, 3) or (H, W, 4), a Pillow image: one finding;
+        source   a file, its content, an array (H, W), (H, W, 3) or (H, W, 4), a Pillow image: one finding;
                  a folder, an array (N, H, W, 3) or a sequence of the above: a list, in order
 
         Raises ImageError for what is not an image.
         """
         if isinstance(source, Path | str) and Path(source).is_dir():
             return list(self._all(images_below(Path(source))))
-        if isinstance(source, Path | str | Image.Image) or (isinstance(source, np.ndarray) and source.ndim < 4):
+        if isinstance(source, Path | str | bytes | Image.Image) or (isinstance(source, np.ndarray) and source.ndim < 4):
             return self._one(source)
         return list(self._all(source))
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 MODEL, EXPORT = "unispect-model", "unispect-export"  # formats
+NAMES = {MODEL: "model", EXPORT: "exported model"}  # of the formats, for people
 VERSION = 1
 CHECKPOINT = "unispect-checkpoint"
 
@@ -71,6 +72,16 @@ def read_model(path: Path, names: Sequence[str] | None = None, kind: str = MODEL
         if names is None or name in names:
             wanted[name] = content
     return wanted
+
+
+def kind_of(path: Path) -> str | None:
+    """The format of a folder that `write_folder` wrote, MODEL or EXPORT; None for anything else."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    return found if found in NAMES else None
 
 
 def pack_tensors(tensors: Mapping[str, Tensor | np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -126,9 +137,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 # Reading
-
-
-NAMES = {MODEL: "model", EXPORT: "exported model"}  # of the formats, for people
 
 
 def _read_manifest(path: Path, kind: str) -> dict[str, str]:
@@ -267,7 +275,7 @@ def _workplace(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     folder.mkdir()
     try:
-        with _locked(folder, wait=True):
+        with locked(folder, wait=True):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -281,7 +289,7 @@ def _sweep(target: Path) -> None:
             # An empty one may be a live writer's that comes to its lock only now.
             if not any(folder.iterdir()):
                 continue
-            with _locked(folder, wait=False):
+            with locked(folder, wait=False):
                 _remove_workplace(folder, target)
         except OSError:
             continue  # at work, or gone
@@ -296,7 +304,7 @@ def _remove_workplace(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
+def locked(folder: Path, wait: bool) -> Iterator[None]:
     """The folder for one process alone; BlockingIOError where another holds it and `wait` is false."""
     if sys.platform == "win32":  # a folder cannot be locked: take every other writer for alive
         if not wait:

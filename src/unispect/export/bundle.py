@@ -48,7 +48,7 @@ def export(
     files = EXPORTERS[to](inspector)
     found = compare(inspector, _run(network(files)), images)
     found.check()
-    about = _json(_about(inspector, to))
+    about = _json(_about(inspector, to) | {"files": sorted(files)})
     beside = {"decision.json": _json(_decision(inspector)), "parity.json": _json(found.as_dict()), "about.json": about}
     write_folder(Path(out), {**files, **beside, "card.md": inspector.card().encode()}, overwrite, EXPORT)
     return found

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from unispect.errors import ExportError, MissingExtraError
-from unispect.export.program import BETWEEN, INPUT, Judged, Prepared
+from unispect.export.program import Judged, Prepared
 from unispect.inspector import Inspector
+from unispect.runtime import BETWEEN, INPUT
 
 OPSET = 20
 
@@ -29,9 +30,7 @@ def onnx_model(inspector: Inspector, products: bool = False) -> bytes:
     _check_packages()
     import onnx
 
-    check = getattr(inspector.detector, "check_exportable", None)
-    if check is not None:
-        check()
+    inspector.detector.check_exportable()
     prepared, judged = Prepared(inspector.preparation, products), Judged(inspector)
     size, count = judged.size, 2
     # No two lengths are alike in the example, lest they be taken for one.

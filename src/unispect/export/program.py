@@ -5,6 +5,10 @@ Preparation, network, detector and alignment are inside; thresholds are not, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
+import PIL
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -12,37 +16,58 @@ from torch.nn.functional import interpolate
 from unispect.data.loader import Preparation
 from unispect.features.engine import WithImage
 from unispect.inspector import Inspector
+from unispect.runtime import NAMES
 from unispect.types import Features, Scores
 
-INPUT, BETWEEN = "images", "prepared"  # names in the graph
-NAMES = ("score", "map", "product", "novelty")
+Pass: TypeAlias = Callable[[Tensor], Tensor]  # of a resizing, along one axis
 
 
 class Prepared(nn.Module):
     """What `Preparation.image` makes of images, as tensor operations: Pillow's resizing, to a grey level.
 
-    Pillow resizes along the rows, rounds, then along the columns, and rounds, with weights in fixed point; here they are
+    Pillow resizes along one axis, rounds, then along the other, and rounds, with weights in fixed point; here they are
     floats, which changes one grey level where a value lies next to the half of one. An image that has the size already
     comes out as it is.
 
-    products   resize by matrix products also where there is an operation for it, which OpenVINO's reader of ONNX gets wrong
+    products      resize by matrix products also where there is an operation for it, which OpenVINO's reader of ONNX gets
+                  wrong
+    height_first  begin with the height where it shrinks over twice as much as the width, as Pillow does from version 13 on
     """
 
-    def __init__(self, preparation: Preparation, products: bool = False) -> None:
+    def __init__(self, preparation: Preparation, products: bool = False, height_first: bool | None = None) -> None:
         super().__init__()
         self.size, self.fit, self.filter = preparation.size, preparation.fit, preparation.filter
         self.products = products or (self.fit, self.filter) != ("squash", "bilinear")
+        self.height_first = int(PIL.__version__.partition(".")[0]) >= 13 if height_first is None else height_first
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, size, size) float32, whole numbers from 0 to 255."""
         x = images.permute(0, 3, 1, 2).float()
-        if not self.products:
-            rows = _rounded(interpolate(x, (x.shape[2], self.size), mode="bilinear", antialias=True))
-            return _rounded(interpolate(rows, (self.size, self.size), mode="bilinear", antialias=True))
+        passes = self._products(x) if self.products else self._operations(x)
+        width_first = passes[1](passes[0](x))
+        if not self.height_first:
+            return width_first
+        height, width = (torch.full((1,), side, dtype=torch.float32) - self.size for side in x.shape[2:])
+        tall = (height > 0) & (height > 2 * width)
+        return torch.where(tall, passes[0](passes[1](x)), width_first)
+
+    def _operations(self, x: Tensor) -> tuple[Pass, Pass]:
+        """Along the width and along the height, by the operation that there is for it."""
+
+        def across(x: Tensor) -> Tensor:
+            return _rounded(interpolate(x, (x.shape[2], self.size), mode="bilinear", antialias=True))
+
+        def down(x: Tensor) -> Tensor:
+            return _rounded(interpolate(x, (self.size, x.shape[3]), mode="bilinear", antialias=True))
+
+        return across, down
+
+    def _products(self, x: Tensor) -> tuple[Pass, Pass]:
+        """The same by matrix products."""
         height, width = x.shape[2], x.shape[3]
-        across, down = (width, height) if self.fit == "squash" else (torch.sym_min(height, width),) * 2
-        x = _rounded(x @ self._weights(width, across).T)
-        return _rounded(self._weights(height, down) @ x)
+        shown = (width, height) if self.fit == "squash" else (torch.sym_min(height, width),) * 2
+        columns, rows = self._weights(width, shown[0]), self._weights(height, shown[1])
+        return lambda x: _rounded(x @ columns.T), lambda x: _rounded(rows @ x)
 
     def _weights(self, length: int, shown: int | torch.SymInt) -> Tensor:
         """Weight of each pixel of a line for each of the new ones, (size, length); `shown` pixels in the middle are seen."""
@@ -84,7 +109,7 @@ class Judged(nn.Module):
         self.names = tuple(name for name, value in zip(NAMES, said, strict=True) if value is not None)
 
     def forward(self, prepared: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, size, size), grey levels -> score (N,), map (N, side, side), product (N, K) where there is one, novelty (N,)."""
+        """Grey levels (N, 3, size, size) -> score (N,), map (N, side, side), product (N, K) or nothing, novelty (N,)."""
         return tuple(value for value in self._said(prepared) if value is not None)
 
     def _said(self, prepared: Tensor) -> tuple[Tensor | None, ...]:
