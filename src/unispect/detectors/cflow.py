@@ -40,7 +40,7 @@ class Decoder(nn.Module):
     def densities(self, level: Tensor) -> Tensor:
         """A level (N, C, h, w) -> (N, h, w)."""
         density = self.density(level.flatten(2).mT.flatten(0, 1))
-        return density.reshape(len(level), *self.shape[1:])
+        return density.reshape(-1, *self.shape[1:])
 
 
 class CFLOW(VectorDetector):

@@ -30,7 +30,7 @@ class PaDiM(StatisticalDetector):
 
     subset: Tensor
     mean: Tensor
-    factor: Tensor
+    whitening: Tensor
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class PaDiM(StatisticalDetector):
         places = self.grid[0] * self.grid[1]
         self.register_buffer("subset", chosen)
         self.register_buffer("mean", torch.zeros(places, len(chosen)))
-        self.register_buffer("factor", torch.zeros(places, len(chosen), len(chosen)))
+        self.register_buffer("whitening", torch.zeros(places, len(chosen), len(chosen)))
         self._count = 0
         self._shift = self._sum = self._second = torch.zeros(0)
 
@@ -78,24 +78,26 @@ class PaDiM(StatisticalDetector):
 
     @torch.no_grad()
     def finish(self) -> bool:
-        """Covariances (n - 1) plus the ridge, kept as Cholesky factors."""
+        """Covariances (n - 1) plus the ridge, kept as inverses of their Cholesky factors."""
         if self._count < 2:
             raise UnispectError(f"PaDiM needs at least 2 training images, got {self._count}")
         centre = self._sum / self._count
         covariance = self._second.sub_(self._count * centre[:, :, None] * centre[:, None, :]).div_(self._count - 1)
         covariance.diagonal(dim1=1, dim2=2).add_(self.ridge)
         self.mean.copy_(self._shift[:, 0] + centre)
-        self.factor.copy_(torch.linalg.cholesky(covariance))
-        self._count, self._shift, self._sum, self._second = 0, torch.zeros(0), torch.zeros(0), torch.zeros(0)
+        factor = torch.linalg.cholesky(covariance)
+        del covariance
+        self._second = torch.zeros(0)  # makes room for the inverses
+        self.whitening.copy_(torch.linalg.solve_triangular(factor, torch.eye(factor.shape[1]).to(factor), upper=False))
+        self._count, self._shift, self._sum = 0, torch.zeros(0), torch.zeros(0)
         return False
 
     @torch.no_grad()
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
-        if not bool(self.factor.diagonal(dim1=1, dim2=2).all()):
+        if not torch.compiler.is_exporting() and not bool(self.whitening.diagonal(dim1=1, dim2=2).all()):
             raise UnispectError("PaDiM has learnt nothing yet: call update and finish first, or load its state")
         offset = self.embed(features) - self.mean[:, None]
-        white = torch.linalg.solve_triangular(self.factor, offset.mT, upper=False)
-        distance = white.square().sum(1).sqrt().T.unflatten(1, self.grid)
+        distance = (offset @ self.whitening.mT).square().sum(2).sqrt().T.unflatten(1, self.grid)
         maps = blurred(upsampled(distance, self.map_side, aligned=False), self.sigma)
         return Scores(maps.flatten(1).amax(1), maps)

@@ -148,6 +148,8 @@ class PatchCore(StatisticalDetector):
         """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
         if not len(self.bank.vectors):
             raise UnispectError("patchcore has learnt nothing yet: fit it on normal images first")
+        if torch.compiler.is_exporting():  # a graph has no loop over pieces
+            return Scores(*self._scored(self.embed(features)))
         parts = [self._scored(self.embed(piece)) for piece in self._pieces(features)]
         image, maps, products = (torch.cat(values) for values in zip(*parts, strict=True))
         return Scores(image, maps, products)
@@ -170,8 +172,8 @@ class PatchCore(StatisticalDetector):
         highest, place = score.max(1)
         if self.reweighting == "none" or len(self.bank.vectors) == 1:
             return highest
-        row = torch.arange(len(place), device=place.device)
-        support = self.bank.search(self.bank.vectors[closest[row, place]], SUPPORT)[1]
-        far = torch.linalg.vector_norm(patches[row, place][:, None] - self.bank.vectors[support], dim=2)
+        patch = patches.gather(1, place[:, None, None].expand(-1, 1, self.dimension))
+        nearest = self.bank.vectors[closest.gather(1, place[:, None])[:, 0]]
+        far = torch.linalg.vector_norm(patch - self.bank.vectors[self.bank.search(nearest, SUPPORT)[1]], dim=2)
         reweighted: Tensor = highest * (1 - far.softmax(1)[:, 0])
         return reweighted

@@ -47,7 +47,7 @@ class Networks(nn.Module):
     def forward(self, frozen: Features, trained: Features) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Levels (N, C, h, w) of both encoders -> what the trained one's make of the frozen one's, what the frozen one's
         make of the trained one's, and the narrow map of the frozen one's."""
-        count = len(frozen[0])
+        count = frozen[0].shape[0]
         narrow = self.bottleneck([torch.cat(pair) for pair in zip(trained, frozen, strict=True)])
         again = self.decoder(narrow)
         first, second = self.heads

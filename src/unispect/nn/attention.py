@@ -62,7 +62,7 @@ class Attention(nn.Module):
         parts = zip((query, key, value), self.weight.chunk(3), self.bias.chunk(3), strict=True)
         q, k, v = (F.linear(x, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2) for x, weight, bias in parts)
         dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v, mask, dropout)
+        seen = F.scaled_dot_product_attention(q.expand(k.shape[0], -1, -1, -1), k, v, mask, dropout)
         joined: Tensor = self.joined(seen.transpose(1, 2).flatten(2))
         return joined
 

@@ -113,7 +113,9 @@ class CouplingBlock(nn.Module):
     def _hidden(self, kept: Tensor, term: Tensor | None) -> Tensor:
         if term is None:
             return self._product(kept, self.hidden.weight, self.hidden.bias)
-        return self._product(kept, self.hidden.weight[:, : self.kept]) + term
+        hidden = self._product(kept, self.hidden.weight[:, : self.kept])
+        # The terms in turn, image after image, without a copy of them for each.
+        return (hidden.unflatten(0, (-1, term.shape[0])) + term).flatten(0, 1)
 
     def _scale_and_shift(self, kept: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-scale and shift of the moved half, each (n, C/2) or (N, C/2, h, w)."""
@@ -145,7 +147,7 @@ class CouplingBlock(nn.Module):
         return F.conv2d(x, matrix[:, :, None, None], offset) if self.kernel else F.linear(x, matrix, offset)
 
     def forward(self, x: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Vectors (n, C), their condition terms (n or 1, H) -> (n, C) and the log-determinant (n,).
+        """Vectors (n, C), their condition terms (p, H), in turn, -> (n, C) and the log-determinant (n,). n is a multiple of p.
 
         Maps (N, C, h, w) -> the same and the part of every place in the log-determinant, (N, h, w).
         """
@@ -228,10 +230,10 @@ class Flow(nn.Module):
 
     def by_place(self, x: Tensor, condition: Tensor | None = None, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As forward, with the part of every place in the log-determinant of a map, (N, h, w)."""
-        logdet = x.new_zeros(len(x), *x.shape[2:])
+        logdet = torch.zeros_like(x[:, 0])
         for block in self.blocks:
             assert isinstance(block, CouplingBlock)
-            x, part = block(x, _spread(block.condition_term(condition), len(x), place))
+            x, part = block(x, _chosen(block.condition_term(condition), place))
             logdet = logdet + part
         return x, logdet
 
@@ -239,16 +241,16 @@ class Flow(nn.Module):
         """The vectors or maps that the flow maps to z."""
         for block in reversed(self.blocks):
             assert isinstance(block, CouplingBlock)
-            z = block.inverse(z, _spread(block.condition_term(condition), len(z), place))
+            z = block.inverse(z, _chosen(block.condition_term(condition), place))
         return z
 
 
-def _spread(term: Tensor | None, vectors: int, place: Tensor | None) -> Tensor | None:
-    """A row for each vector, (p, H) -> (n, H); one row serves all as it is."""
-    if term is None or len(term) == 1:
+def _chosen(term: Tensor | None, place: Tensor | None) -> Tensor | None:
+    """The rows of places (n,) of (p, H); all of them where no places are given, and the one row that serves all."""
+    if term is None or place is None or term.shape[0] == 1:
         return term
     # Not term[place]: the gradient of that adds up with atomics, in an order that changes from run to run.
-    return term.index_select(0, place) if place is not None else term.repeat(vectors // len(term), 1)
+    return term.index_select(0, place)
 
 
 def _layer(inputs: int, outputs: int, kernel: int) -> nn.Linear | nn.Conv2d:

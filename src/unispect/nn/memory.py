@@ -238,7 +238,8 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
     shifted = bank - centre
     half, wanted = shifted.square().sum(1) / 2, min(k + SPARE, len(bank))
     found = []
-    for part in queries.split(max(1, chunk // max(len(bank), wanted * bank.shape[1]))):
+    rows = max(1, chunk // max(len(bank), wanted * bank.shape[1]))
+    for part in (queries,) if torch.compiler.is_exporting() else queries.split(rows):  # a graph has one part
         product = torch.addmm(half, part - centre, shifted.T, alpha=-1)
         found.append(_measured(part, bank, product.topk(wanted, dim=1, largest=False).indices, k))
     return torch.cat([distances for distances, _ in found]), torch.cat([places for _, places in found])
@@ -274,8 +275,11 @@ def _measured(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tupl
     """The k nearest of each query's candidates (n, q); of equals, the first in the bank."""
     candidates = candidates.sort(dim=1).values
     distances = torch.linalg.vector_norm(queries[:, None] - bank[candidates], dim=2)
-    ordered = distances.sort(dim=1, stable=True)
-    return ordered.values[:, :k], candidates.gather(1, ordered.indices[:, :k])
+    if torch.compiler.is_exporting():  # TopK of ONNX takes the first of equals and knows no other order
+        least, order = distances.topk(k, dim=1, largest=False)
+    else:
+        least, order = (found[:, :k] for found in distances.sort(dim=1, stable=True))
+    return least, candidates.gather(1, order)
 
 
 class Bank(Learnt):
