@@ -1,21 +1,17 @@
 """Detectors that route images to what is known of their product, and aligners on them, as one graph in two engines."""
 
-import logging
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-import onnxscript.optimizer
-import openvino
+import onnx_ir
 import pytest
 import torch
+from onnxscript.optimizer import optimize_ir
 from test_conformance import PRODUCTS, SHAPES, SHORT, SMALL, defective, normal
 from torch import Tensor, nn
-from torch.export import Dim
 
+from exported import ENGINES, Engine, exported
 from planted import labelled
 from unispect.align.aligners import ALIGNERS
 from unispect.align.base import Aligner, Pairs, Statistics, view, width
@@ -111,34 +107,6 @@ def aligned(case: Case, detector: Detector) -> Aligner:
     return aligner
 
 
-def exported(model: nn.Module, levels: Features, path: Path) -> None:
-    """As an ONNX file whose batch is free, with what does not depend on the image computed once."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    free = tuple({0: Dim.DYNAMIC} for _ in levels)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        program = torch.export.export(model, tuple(levels), dynamic_shapes=(free,))
-        graph = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
-        assert graph is not None
-        onnxscript.optimizer.optimize_ir(graph.model, input_size_limit=2**31, output_size_limit=2**31)
-    graph.save(path)
-
-
-def in_onnxruntime(path: Path, levels: Features) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    found: list[np.ndarray] = session.run(None, {name: level.numpy() for name, level in zip(names, levels, strict=True)})
-    return found
-
-
-def in_openvino(path: Path, levels: Features) -> list[np.ndarray]:
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return [value.copy() for value in compiled([level.numpy() for level in levels]).values()]
-
-
 def images(count: int) -> Features:
     """Normal ones with defects among them."""
     good, spoilt = normal(count, 4)[0], defective(count, 5)[0]
@@ -148,13 +116,22 @@ def images(count: int) -> Features:
 
 @every_case
 def test_the_graph_says_what_the_detector_says(case: Case, tmp_path: Path) -> None:
-    model, path = learnt(case), tmp_path / "model.onnx"
-    exported(model, images(2), path)
+    model = learnt(case)
+    path = exported(model, tuple(images(2)), tmp_path / "model.onnx", len(SHAPES))
+    engines = [Engine(path, kind) for kind in ENGINES]
+    spreads = [float(value.std()) for value in model(*images(20))]  # of many images: that of one is none
     for count in BATCHES:
-        levels = images(count)
-        expected = model(*levels)
-        # The spread over many images: that of one is none.
-        spreads = [float(value.std()) for value in model(*images(20))]
-        for engine in (in_onnxruntime, in_openvino):
-            for found, value, spread in zip(engine(path, levels), expected, spreads, strict=True):
-                torch.testing.assert_close(torch.from_numpy(found), value, rtol=1e-4, atol=1e-4 * spread + 1e-7)
+        expected = model(*images(count))
+        for engine in engines:
+            for found, value, spread in zip(engine(*images(count)), expected, spreads, strict=True):
+                torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4 * spread + 1e-7)
+
+
+def test_what_is_known_of_the_products_is_stacked_once_and_not_for_every_image(tmp_path: Path) -> None:
+    path = exported(learnt(Case("neighbours")), tuple(images(2)), tmp_path / "model.onnx", len(SHAPES))
+    model = onnx_ir.load(path)
+    optimize_ir(model, input_size_limit=2**31, output_size_limit=2**31)
+    constant = [
+        node.name for node in model.graph if all(value is not None and value.is_initializer() for value in node.inputs)
+    ]
+    assert not constant

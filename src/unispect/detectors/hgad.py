@@ -75,14 +75,19 @@ class Level(nn.Module):
         """Whether the level has places; a pooled one has not."""
         return self.order.numel() > 1
 
-    def latent(self, vectors: Tensor, places: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    def latent(self, vectors: Tensor, places: Tensor | None = None, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         """Vectors (m, c, q, C) at places (m, c, q) -> latent vectors (m, c, q, C) and log-determinants (m, c, q).
 
+        places  all by cell unless given
         noise   spread of what is added to the whitened vectors
         """
         x = (vectors.flatten(0, 2) - self.shift) @ self.whiten.T
         x = x + noise * torch.randn_like(x) if noise else x
-        z, logdet = self.flow(x, self.condition, places.flatten())
+        if places is None:
+            condition = None if self.condition is None else self.condition.index_select(0, self.order.flatten())
+            z, logdet = self.flow(x, condition)
+        else:
+            z, logdet = self.flow(x, self.condition, places.flatten())
         return z.reshape(vectors.shape), (logdet + self.log_whiten).reshape(vectors.shape[:-1])
 
     def everywhere(self, images: int) -> Tensor:
@@ -432,7 +437,7 @@ class HGAD(VectorDetector):
         latents = []
         for number in self.mapped:
             level = self.level(number)
-            z, _ = level.latent(level.arranged(features[number]), level.everywhere(features[number].shape[0]))
+            z, _ = level.latent(level.arranged(features[number]))
             latents.append(level.in_order(z))
         return latents
 
@@ -483,7 +488,7 @@ class HGAD(VectorDetector):
         latents = []
         for part, level in zip(self.levels, features, strict=True):
             assert isinstance(part, Level)
-            z, logdet = part.latent(part.arranged(level), part.everywhere(level.shape[0]))
+            z, logdet = part.latent(part.arranged(level))
             latents.append(_Latent(part, z, logdet, part.mixture.logits(z)))
         return latents
 
