@@ -11,13 +11,13 @@ def _drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(("rows", "k"), [(5, 5), (16, 3), (160, 3), (1000, 1), (1003, 7), (1007, 25)])
 def test_the_lowest_are_those_of_topk(rows: int, k: int) -> None:
-    values = _drawn(rows, 50)
-    assert torch.equal(lowest(values, k), values.topk(k, dim=0, largest=False).indices)
+    values = _drawn(50, rows)
+    assert torch.equal(lowest(values, k), values.topk(k, dim=1, largest=False).indices)
 
 
 def test_the_lowest_may_be_among_the_rows_left_over() -> None:
-    values = torch.arange(1003.0).flip(0)[:, None].expand(-1, 2)
-    assert torch.equal(lowest(values, 3), torch.tensor([1002, 1001, 1000])[:, None].expand(-1, 2))
+    values = torch.arange(1003.0).flip(0).expand(2, -1)
+    assert torch.equal(lowest(values, 3), torch.tensor([1002, 1001, 1000]).expand(2, -1))
 
 
 def test_all_axes_rank_as_whole_distances_do() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unispect.errors import ConfigError, UnispectError, unknown_name
@@ -239,8 +240,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
     shifted = bank - centre
     half, wanted = shifted.square().sum(1) / 2, min(k + SPARE, len(bank))
     if torch.compiler.is_exporting():  # a graph is made of one part, and orders few numbers quickly
-        product = half[:, None] - shifted @ (queries - centre).T
-        return _measured(queries, bank, lowest(product, wanted).T, k)
+        return _measured(queries, bank, lowest(F.linear(centre - queries, shifted, half), wanted), k)
     found = []
     for part in queries.split(max(1, chunk // max(len(bank), wanted * bank.shape[1]))):
         product = torch.addmm(half, part - centre, shifted.T, alpha=-1)
@@ -270,7 +270,7 @@ def votes(owner: Tensor, products: int, places: Tensor) -> Tensor:
     owner    (m,) product of each vector in the bank
     places   (N, k) of the nearest vectors
     """
-    counted = torch.nn.functional.one_hot(owner[places], products).sum(1).float() + 1
+    counted = F.one_hot(owner[places], products).sum(1).float() + 1
     return (counted / counted.sum(1, keepdim=True)).log()
 
 

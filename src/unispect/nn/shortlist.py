@@ -6,25 +6,26 @@ For exported graphs on a CPU, where a product with a large bank takes longer tha
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FOLD = 16  # values of which the lowest stands for all at first
 
 
 def lowest(values: Tensor, k: int) -> Tensor:
-    """Places of the k lowest of each column, ascending, (m, n) -> (k, n); k is at most m.
+    """Places of the k lowest of each row, ascending, (n, m) -> (n, k); k is at most m.
 
-    They lie in the k groups of rows whose lowest are lowest, so a minimum, which is quick, leaves few to be ordered.
+    They lie in the k groups whose lowest are lowest, so a minimum, which is quick, leaves few to be ordered.
     """
-    groups = values.shape[0] // FOLD
+    groups = values.shape[1] // FOLD
     if groups <= 2 * k:
-        return values.topk(k, dim=0, largest=False).indices
+        return values.topk(k, dim=1, largest=False).indices
     whole = groups * FOLD
-    chosen = values[:whole].unflatten(0, (FOLD, groups)).amin(0).topk(k, dim=0, largest=False).indices
-    members = chosen + groups * torch.arange(FOLD, device=values.device)[:, None, None]
-    over = torch.arange(whole, values.shape[0], device=values.device)[:, None].expand(-1, values.shape[1])
-    places = torch.cat([members.flatten(0, 1), over])
-    return places.gather(0, values.gather(0, places).topk(k, dim=0, largest=False).indices)
+    chosen = values[:, :whole].unflatten(1, (FOLD, groups)).amin(1).topk(k, dim=1, largest=False).indices
+    members = chosen[:, None] + groups * torch.arange(FOLD, device=values.device)[:, None]
+    over = torch.arange(whole, values.shape[1], device=values.device).expand(values.shape[0], -1)
+    places = torch.cat([members.flatten(1), over], 1)
+    return places.gather(1, values.gather(1, places).topk(k, dim=1, largest=False).indices)
 
 
 class Shortlist(nn.Module):
@@ -51,9 +52,8 @@ class Shortlist(nn.Module):
         turned = (shifted @ axes).to(bank)
         for name, value in {"centre": centre, "axes": axes.to(bank), "turned": turned}.items():
             self.register_buffer(name, value, persistent=False)
-        self.register_buffer("norms", turned.square().sum(1, keepdim=True) / 2, persistent=False)
+        self.register_buffer("norms", turned.square().sum(1) / 2, persistent=False)
 
     def forward(self, queries: Tensor, count: int) -> Tensor:
         """Places of the candidates of each query, (n, C) -> (n, count)."""
-        turned = (queries - self.centre) @ self.axes
-        return lowest(self.norms - self.turned @ turned.mT, count).mT
+        return lowest(F.linear((self.centre - queries) @ self.axes, self.turned, self.norms), count)
