@@ -18,9 +18,9 @@ LAYERS = [
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
-    {"evaluation"},
+    {"evaluation", "rehearsal"},
     {"report"},
-    {"benchmark", "demo"},
+    {"benchmark", "demo", "preflight"},
     {"cli"},
     {"__main__"},
 ]
