@@ -81,8 +81,9 @@ class Crowds(nn.Module):
         for count in images:
             pool = self._pool().growth(places * count)
             whole = pool.learnt // (4 * self.channels)
-            parts = self.folds if count > 1 else 0
-            sizes = [whole, *[whole * (parts - 1) // parts] * parts]
+            # A single image is in one fold, and leaves no other.
+            folded = [whole * (self.folds - 1) // self.folds] * self.folds if count > 1 else []
+            sizes = [whole, *folded]
             banks = [min(self.most, size) for size in sizes]
             # The vectors to choose from, whitened and sketched, once the pool has been let go.
             held += max(pool.held, vector * sum(banks))
