@@ -142,8 +142,8 @@ def page(work: Path, data: Path, settings: Sequence[str]) -> str:
         "",
         f"Command: `python benchmarks/preflight.py {data}{more}`",
         "",
-        "Predicted / measured, each in a process of its own. Minutes from the end of the imports to the saved model; load is "
-        "the machine's when the fit ended, and above the number of cores it disturbs both. Prediction itself took the "
+        "Predicted / measured, each in a process of its own. Minutes from the end of the imports to the saved model; load "
+        "is the machine's when the fit ended, and above the number of cores it disturbs both. Prediction itself took the "
         "seconds of the last column.",
         "",
         "| method | memory, MiB | minutes | features, MiB | model, MiB | steps looked at | load | plan, s |",
