@@ -269,6 +269,8 @@ def fit(
     from unispect.features.cache import FeatureCache
     from unispect.inspector import Inspector, complete
 
+    if as_json and not dry_run:
+        raise ConfigError("--json: a fit prints text, expected --dry-run with it")
     given = _settings(config, settings or [], false_alarm_rate, seed)
     table = complete(given)
     _check_free(out, overwrite)
