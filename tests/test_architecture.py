@@ -18,9 +18,9 @@ LAYERS = [
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
-    {"evaluation", "runtime"},
+    {"evaluation", "runtime", "rehearsal"},
     {"report", "export"},
-    {"benchmark", "demo", "watch", "stream"},
+    {"benchmark", "demo", "watch", "stream", "preflight"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,7 @@ from unispect.data.records import ROLES, Record, split_normals
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, LeakError, StoreError
 from unispect.evaluation import evaluate
 from unispect.features.cache import FeatureCache
-from unispect.inspector import FILES, Inspector, _Fit, complete
+from unispect.inspector import FILES, Fit, Inspector, complete
 from unispect.types import Finding
 
 SIDE = 64
@@ -375,11 +375,11 @@ def test_a_record_without_a_file_is_named_and_left_out(tmp_path: Path) -> None:
     there, gone = tmp_path / "there.png", tmp_path / "gone.png"
     there.write_bytes(b"x")
     records = [Record(there, "a", 0), Record(gone, "a", 0)]
-    run = _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, False, None)
+    run = Fit(complete(None), FeatureCache(tmp_path / "cache"), None, False, None)
     assert run._present(records) == records[:1]
     assert [(failure.path, failure.reason) for failure in run.failures] == [(gone, "no such file")]
     with pytest.raises(ImageError, match=r"gone\.png: no such file"):
-        _Fit(complete(None), FeatureCache(tmp_path / "cache"), None, True, None)._present(records)
+        Fit(complete(None), FeatureCache(tmp_path / "cache"), None, True, None)._present(records)
 
 
 # What learning may see

@@ -264,14 +264,26 @@ def fit(
     cache: Cache = None,
     dataset: Dataset = None,
     partial: Partial = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and learn nothing.")] = False,
+    max_ram: Annotated[
+        str | None, typer.Option("--max-ram", help="Start only where this memory, such as 4GiB, is predicted to do.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON to stdout.")] = False,
 ) -> None:
     """Learn all products in DATA at once from their good images."""
     from unispect.data.datasets import read_data
     from unispect.features.cache import FeatureCache
     from unispect.inspector import Inspector, complete
 
-    table = complete(_settings(config, settings or [], false_alarm_rate, seed))
+    if as_json and not dry_run:
+        raise ConfigError("--json: a fit prints text, expected --dry-run with it")
+    given = _settings(config, settings or [], false_alarm_rate, seed)
+    table = complete(given)
     _check_free(out, overwrite)
+    if dry_run or max_ram is not None:
+        table = _planned(read_data(data, dataset, partial), given, cache, strict, max_ram, dry_run, as_json)
+        if dry_run:
+            return
     checkpoint = _checkpoint(out, resume)
     try:
         with _Bars() as bars:
@@ -288,6 +300,29 @@ def fit(
         raise KeyboardInterrupt("stopped: the same command with --resume continues") from None
     _tidy(checkpoint)
     print(_summary(inspector, out))
+
+
+def _planned(
+    records: Sequence[Record],
+    given: dict[str, Any],
+    cache: Path | None,
+    strict: bool,
+    max_ram: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> dict[str, Any]:
+    """The settings under which a fit keeps to the memory allowed; what it will take is said in a dry run."""
+    from unispect.features.cache import FeatureCache
+    from unispect.preflight import mebibytes, plan
+
+    most = None if max_ram is None else mebibytes(max_ram)
+    found = plan(records, given, cache=FeatureCache(cache), max_ram=most, strict=strict)
+    if dry_run:
+        _print_json(found.as_dict()) if as_json else print(found.text())
+    found.check(most)
+    for name, (was, now) in found.lowered.items() if not dry_run else ():
+        _say(f"{name} lowered from {was:g} to {now:g} MiB to keep to --max-ram {max_ram}")
+    return dict(found.config)
 
 
 def _settings(config: Path | None, assignments: Sequence[str], rate: float | None, seed: int | None) -> dict[str, Any]:

@@ -243,6 +243,31 @@ def fit(
     return loop.history
 
 
+class Trial:
+    """Single steps of a run, for who wants to know what they take."""
+
+    def __init__(self, detector: GradientDetector, train: Labelled, held_out: Labelled, recipe: Recipe, seed: int) -> None:
+        detector.eval()
+        self._loop = _Loop(detector, train, held_out, recipe, seed, None, "")
+        self._loop.begin()
+        # The last stage has all losses, and is the longest.
+        self._loop.step = min(int(self._loop.steps * max(detector.stages, default=0.0)) + 1, self._loop.steps - 1)
+        set_precision(detector, recipe.precision)
+
+    def look(self) -> None:
+        """The held-out loss of every level, whose states are remembered."""
+        self._loop.check()
+
+    def step(self) -> None:
+        """One step on every level."""
+        self._loop.advance()
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the state as a run does at every check."""
+        self._loop.checkpoint = checkpoint
+        self._loop.save()
+
+
 class _Loop:
     """The state of a run: detector, optimizers, best states and history."""
 
@@ -301,26 +326,32 @@ class _Loop:
         self.history.kept = [0] * len(self.detector.levels)
         self.history.held_out = [[] for _ in self.detector.levels]
         if self.recipe.checks:
-            self._check()
-        self._save()
+            self.check()
+        self.save()
 
     def run(self, progress: Progress | None) -> None:
         """All remaining steps, then the best states back in place."""
         losses: dict[str, float] = {}
         set_precision(self.detector, self.recipe.precision)
         while self.step < self.steps and not all(self.history.stopped):
-            for level in self.levels:
-                if not self.history.stopped[level]:
-                    losses = self._advance(level)
-            self.step += 1
+            losses = self.advance()
             if self.step % self.every == 0 or (self.recipe.checks and self.step == self.steps):
-                self._check()
-                self._save()
+                self.check()
+                self.save()
             if progress:
                 progress(self.step, self.steps, losses | self._latest())
         set_precision(self.detector, "f32")
         if self.recipe.checks:
             self._restore()
+
+    def advance(self) -> dict[str, float]:
+        """One step on every level that still learns; the losses of the last one."""
+        losses: dict[str, float] = {}
+        for level in self.levels:
+            if not self.history.stopped[level]:
+                losses = self._advance(level)
+        self.step += 1
+        return losses
 
     def _advance(self, level: int) -> dict[str, float]:
         """One step on one level: one optimizer step, or one for each part of its vectors."""
@@ -357,7 +388,7 @@ class _Loop:
         return {"held_out": sum(seen) / len(seen)} if seen else {}
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def check(self) -> None:
         """Held-out loss of every level that still learns; its state is remembered where it is the best so far."""
         self.history.steps.append(self.step)
         for level in self.levels:
@@ -391,7 +422,7 @@ class _Loop:
     def _restore(self) -> None:
         self.detector.load_state_dict(self.detector.state_dict() | self.best)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         if self.checkpoint is None:
             return
         tensors = {f"detector.{name}": value for name, value in self.detector.state_dict().items()}

@@ -242,7 +242,7 @@ class Inspector:
 
         Raises DataError, ConfigError, CalibrationError (too few images for the promised rate) and WeightsError.
         """
-        return _Fit(complete(config), cache or FeatureCache(), checkpoint, strict, progress).run(data)
+        return Fit(complete(config), cache or FeatureCache(), checkpoint, strict, progress).run(data)
 
     # Findings.
 
@@ -355,7 +355,7 @@ class Inspector:
 
         Raises DataError for no images, ImageError where none can be read.
         """
-        run = _Fit(self.config, cache or FeatureCache(), None, False, progress)
+        run = Fit(self.config, cache or FeatureCache(), None, False, progress)
         found, readable = run.read(records, self.split, self.engine, "images")
         return found, readable
 
@@ -368,7 +368,7 @@ class Inspector:
 
         Raises DataError where an image that it learnt from is gone or has changed.
         """
-        run = _Fit(self.config, cache or FeatureCache(), None, True, progress)
+        run = Fit(self.config, cache or FeatureCache(), None, True, progress)
         for record in (*self.split.train, *self.split.held_out):
             if not record.path.is_file() or content_hash(record.path) != self.split.hashes.get(record.path):
                 raise DataError(
@@ -455,7 +455,7 @@ class Inspector:
             why = "does not know it: add it without replace" if replace else "knows it already: replace it (--replace)"
             raise ConfigError(f"product {name!r}: the model {why}")
         own = [renamed(record, product=name) for record in records if record.split == "train"]
-        run = _Fit(self.config, cache or FeatureCache(), None, strict, progress)
+        run = Fit(self.config, cache or FeatureCache(), None, strict, progress)
         part, new, split, facts = run.run_more(own, self.engine)
         if facts["shapes"] != self.facts["shapes"]:
             raise DataError(f"product {name!r}: its features are {facts['shapes']}, expected {self.facts['shapes']}")
@@ -556,8 +556,8 @@ class Inspector:
         return "\n".join(lines)
 
 
-class _Fit:
-    """One run of `Inspector.fit`."""
+class Fit:
+    """One run of `Inspector.fit`, or of what is to be known before it."""
 
     def __init__(
         self, config: dict[str, Any], cache: FeatureCache, checkpoint: Path | None, strict: bool, progress: Progress | None
@@ -569,10 +569,8 @@ class _Fit:
         self.marks: dict[str, bytes] = {}
 
     def run(self, data: Path | str | Sequence[Record]) -> Inspector:
-        split = self._split(data)
-        rate = self.config["decision"]["false_alarm_rate"]
-        if len(split.calibration) < needed(rate):
-            ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
+        split = self.divided(data)
+        self.check_promise(split)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
@@ -584,7 +582,7 @@ class _Fit:
 
     def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Novelty, Split, dict[str, Any]]:
         """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
-        split = self._split(data)
+        split = self.divided(data)
         _, detector, facts, seen_by = self._learnt(split, eyes)
         return detector.eval(), _acquainted(seen_by["train"], 1), split, facts
 
@@ -688,7 +686,14 @@ class _Fit:
         seed = self.config["seed"]
         return fit(detector, train, held_out, recipe, seed, checkpoint, identity, self._step, watch), 0
 
-    def _split(self, data: Path | str | Sequence[Record]) -> Split:
+    def check_promise(self, split: Split) -> None:
+        """Raises CalibrationError where there are too few calibration images, before anything is learnt in vain."""
+        rate = self.config["decision"]["false_alarm_rate"]
+        if len(split.calibration) < needed(rate):
+            ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
+
+    def divided(self, data: Path | str | Sequence[Record]) -> Split:
+        """The images by what each is for."""
         records = read_data(data) if isinstance(data, Path | str) else list(data)
         normal = [record for record in records if record.split == "train"]
         if not normal:
@@ -705,6 +710,11 @@ class _Fit:
                     raise ImageError(f"{record.path}: no such file")
                 self.failures.append(Failure(record.path, "no such file"))
         return [record for record in records if record.path.is_file()]
+
+    @property
+    def key(self) -> str:
+        """What features depend on besides the network, for the cache."""
+        return json.dumps(asdict(self.preparation), sort_keys=True)
 
     def read(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[FeatureSet, list[Record]]:
         """Features of the images that can be read, and their records."""
@@ -723,13 +733,12 @@ class _Fit:
                 yield Batch(batch.images, places[batch.index])
             self.failures += loader.failures
 
-        key = json.dumps(asdict(self.preparation), sort_keys=True)
         found = self.cache.features(
             [record.path for record in records],
             contents,
             batches,
             eyes,
-            key,
+            self.key,
             lambda done, total: self.tell(f"features: {stage}", done, total, {}),
         )
         if not len(found):

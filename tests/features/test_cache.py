@@ -249,8 +249,8 @@ def test_no_more_images_are_open_than_allowed(tmp_path: Path) -> None:
 def test_the_limit_of_the_process_bounds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
-    assert module._affordable(4096) == 50
-    assert module._affordable(10) == 10
+    assert module.affordable(4096) == 50
+    assert module.affordable(10) == 10
 
 
 def test_size_and_prune_by_fingerprint_and_all(cache: FeatureCache) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from unispect.errors import ConfigError, unknown_name
+from unispect.nn.growth import Growth
 from unispect.types import Features, Scores
 
 # A pass over the features of a set of images, with the product of each: started anew by every call.
@@ -194,6 +195,14 @@ class HoldsProducts(Protocol):
 
     def remove(self, product: int) -> None:
         """Forget a product; the numbers of later ones fall by one."""
+
+
+@runtime_checkable
+class Grows(Protocol):
+    """A detector that holds or compares more, the more images it learns from."""
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
 
 
 @runtime_checkable

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from unispect.detectors.base import Detector, HoldsProducts, StatisticalDetector, TakesProduct
+from unispect.detectors.base import Detector, Grows, HoldsProducts, StatisticalDetector, TakesProduct
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.alignment import Alignment, Folds, deal, finest, scales_of, without_itself
+from unispect.nn.growth import Growth, together
 from unispect.nn.maps import magnified, top_mean
 from unispect.nn.recognition import Recogniser
 from unispect.types import Features, Scores
@@ -92,6 +93,16 @@ class Ensemble(StatisticalDetector):
         self._dealt: Tensor | None = None
 
     # Learning.
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        parts = together(part.growth(images) for part in self.members if isinstance(part, Grows))
+        kept = [min(count, self.statistics) for count in images]
+        # Maps of all products, and those of one several times over in double precision.
+        maps = 4 * len(self.members) * self.grid**2 * (sum(kept) + 8 * max(kept, default=0))
+        learning = [*parts.learning] * (self.folds + 1)
+        learning += [work.times(sum(images)) for work in parts.scoring]
+        return Growth(parts.held + maps, parts.learnt, tuple(learning), parts.scoring)
 
     def begin(self, product: Tensor, unit: Tensor) -> None:
         """Be told of all training images, in the order of the passes: products (n,) and units (n,).

@@ -23,6 +23,7 @@ from unispect.nn.clusters import kmeans
 from unispect.nn.coupling import Flow
 from unispect.nn.crowds import Nearest
 from unispect.nn.gaussian import Moments, ledoit_wolf, shrunk, whitening, within
+from unispect.nn.growth import Growth
 from unispect.nn.likelihood import Tally
 from unispect.nn.maps import magnified, top_mean
 from unispect.nn.mixture import LOG_2PI, HierarchicalMixture, entropy
@@ -285,6 +286,10 @@ class HGAD(VectorDetector):
     def grid(self, level: int) -> Tensor:
         """Places of a level grouped by cell, (c, q)."""
         return self.level(level).order
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        return Growth() if self.nearest is None else self.nearest.growth(images)
 
     # Learning: here, and only here, the product of an image is known.
 

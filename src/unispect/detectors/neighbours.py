@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from unispect.detectors.base import StatisticalDetector, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
+from unispect.nn.growth import AROUND, SEARCH, Growth, Work, together
 from unispect.nn.maps import magnified, top_mean
 from unispect.nn.memory import Coreset
 from unispect.nn.neighbourhood import Neighbourhood, distances
@@ -102,6 +103,15 @@ class Neighbours(StatisticalDetector):
         return interpolate(level, self.grid, mode="bilinear", align_corners=False)
 
     # Learning, image by image: what is learnt of a product does not depend on what shares a batch with it.
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        places, channels = self.grid[0] * self.grid[1], sum(self.widths)
+        chosen = together(self._empty().growth(places * count) for count in images)
+        banks = [min(self.most, places * count) for count in images]
+        usual = [Work(AROUND, bank, bank, channels) for bank in banks]
+        scoring = (Work(SEARCH, places, max(banks, default=0), channels),)
+        return Growth(chosen.held, chosen.learnt + 4 * sum(banks), (*chosen.learning, *usual), scoring)
 
     @torch.no_grad()
     def update(self, features: Features, product: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unispect.detectors.base import StatisticalDetector, check_choices, check_shares, with_places
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.gaussian import Moments
+from unispect.nn.growth import Growth
 from unispect.nn.maps import magnified, top_mean, upsampled
 from unispect.nn.pca import Components, Subspace, distances
 from unispect.nn.recognition import Recogniser
@@ -77,6 +78,14 @@ class OPCA(StatisticalDetector):
         return nn.ModuleList(Subspace(self.channels[number]) for number in self.levels)
 
     # Learning, image by image: the sums of a product do not depend on what shares a batch with it.
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take: at the most as many components as there are vectors."""
+        widths, counts = [self.channels[number] for number in self.levels], images if self.per_product else [sum(images)]
+        kept = [
+            sum(4 * width * (width if self.mode == "dense" else min(width, count)) for width in widths) for count in counts
+        ]
+        return Growth(learnt=sum(kept))
 
     @torch.no_grad()
     def update(self, features: Features, product: Tensor) -> None:
@@ -187,7 +196,8 @@ class OPCA(StatisticalDetector):
         """Distance of each place to its image's product, (N, C, h, w) -> (N, h, w)."""
         place = self.levels.index(number)
         parts = [self._levels(y)[place] for y in range(len(self.gaussians))]
-        return distances(parts, level.flatten(2).mT, product).unflatten(1, level.shape[2:])
+        found: Tensor = distances(parts, level.flatten(2).mT, product).unflatten(1, level.shape[2:])
+        return found
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unispect.detectors.base import StatisticalDetector, check_choices, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
+from unispect.nn.growth import SEARCH, Growth, Work
 from unispect.nn.maps import magnified
 from unispect.nn.memory import Bank, Coreset, votes
 from unispect.nn.patches import patch_weights
@@ -89,6 +90,14 @@ class PatchCore(StatisticalDetector):
         return Coreset(self.dimension, self.coreset, most, self.max_ram, self.projection, self.start_points, self.seed)
 
     # Learning.
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        places = self.grid[0] * self.grid[1]
+        chosen = self._selection(self.max_bank_vectors).growth(places * sum(images))
+        bank = chosen.learnt // (4 * self.dimension)
+        scoring = (Work(SEARCH, places, bank, self.dimension),)
+        return Growth(chosen.held, chosen.learnt + 8 * bank, chosen.learning, scoring)
 
     @torch.no_grad()
     def update(self, features: Features, product: Tensor) -> None:

@@ -5,6 +5,7 @@ Sub-image anomaly detection with deep pyramid correspondences (Cohen, Hoshen, 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from unispect.detectors.base import StatisticalDetector, check_counts
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.buffers import Learnt
+from unispect.nn.growth import Growth
 from unispect.nn.maps import blurred, upsampled
 from unispect.nn.memory import nearest, nearest_own, votes
 from unispect.types import Features, Scores
@@ -97,6 +99,13 @@ class SPADE(StatisticalDetector):
         self._seen: Reservoir | None = None
 
     # Learning.
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        kept = sum(min(count, self.max_images // self.products) for count in images)
+        sizes = [2 * math.prod(self.gallery.level(number).shape[1:]) for number in range(len(self.dense))]
+        pooled = 4 * self.gallery.pooled.shape[1] + 8
+        return Growth(kept * (sum(sizes) + max(sizes) + pooled), kept * (sum(sizes) + pooled))
 
     @torch.no_grad()
     def update(self, features: Features, product: Tensor) -> None:

@@ -58,7 +58,7 @@ class FeatureSet:
         self.indices = indices
         self.shapes = list(shapes)
         self.open_files = open_files
-        self._read = lru_cache(maxsize=_affordable(open_files))(self._map)
+        self._read = lru_cache(maxsize=affordable(open_files))(self._map)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,6 +140,12 @@ class FeatureCache:
         if missing:
             found |= _compute(missing, paths, files, batches, engine, progress)
         return _feature_set(files, found, self.open_files)
+
+    def missing(self, contents: Sequence[str], engine: Engine, key: str) -> list[int]:
+        """Places of the images whose features would have to be computed; arguments as of `features`."""
+        return [
+            n for n, content in enumerate(contents) if _shapes_of(self._file(_fingerprint(engine, key), content)) is None
+        ]
 
     def note(self, kind: str, content: str) -> bytes | None:
         """What `keep_note` kept of a file with this content; None where nothing was."""
@@ -352,7 +358,7 @@ def _remove(files: Sequence[tuple[Path, int]]) -> tuple[int, int]:
     return len(files), sum(size for _, size in files)
 
 
-def _affordable(open_files: int) -> int:
+def affordable(open_files: int) -> int:
     """A map holds its file open, and a process may only open so many: at most half of them are for the cache."""
     if open_files < 1:
         raise ConfigError(f"open_files={open_files}: expected at least 1")

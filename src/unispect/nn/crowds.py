@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unispect.errors import ConfigError
 from unispect.nn.alignment import Alignment, finest, scales_of, without_itself
 from unispect.nn.gaussian import Moments
+from unispect.nn.growth import AROUND, COVER, SEARCH, Growth, Work, together
 from unispect.nn.maps import magnified, top_mean, upsampled
 from unispect.nn.memory import Coreset, greedy
 from unispect.nn.neighbourhood import Neighbourhood, distances
@@ -73,6 +74,31 @@ class Crowds(nn.Module):
 
     # Learning.
 
+    def growth(self, places: int, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, each of so many vectors."""
+        held, learnt, learning, largest = 0, 0, [], 0
+        vector = 4 * (self.channels + 1)
+        for count in images:
+            pool = self._pool().growth(places * count)
+            whole = pool.learnt // (4 * self.channels)
+            # A single image is in one fold, and leaves no other.
+            folded = [whole * (self.folds - 1) // self.folds] * self.folds if count > 1 else []
+            sizes = [whole, *folded]
+            banks = [min(self.most, size) for size in sizes]
+            # The vectors to choose from, whitened and sketched, once the pool has been let go.
+            held += max(pool.held, vector * sum(banks))
+            largest = max(largest, whole * (2 * vector + 4 * POOL))
+            learnt += vector * banks[0]
+            pairs = zip(sizes, banks, strict=True)
+            learning += [Work(COVER, size, bank, min(POOL, self.channels)) for size, bank in pairs if bank < size]
+            learning += [Work(AROUND, bank, bank, self.channels) for bank in banks]
+            learning += [*pool.learning, Work(SEARCH, places * count, banks[-1], self.channels)]
+        scoring = Work(SEARCH, places, min(self.most, places * max(images, default=0)), self.channels)
+        return Growth(held + largest, learnt, tuple(learning), (scoring,))
+
+    def _pool(self) -> Coreset:
+        return Coreset(self.channels, 1.0, 2**62, self.max_ram, POOL, seed=self.seed)
+
     def measure(self, vectors: Tensor, product: Tensor, fold: Tensor) -> None:
         """First pass: sums of vectors (N, p, C) of images of products (N,) in folds (N,)."""
         for image, y, part in zip(vectors, product.tolist(), fold.tolist(), strict=True):
@@ -84,7 +110,7 @@ class Crowds(nn.Module):
         """Second pass: vectors to choose centres from."""
         for image, y, part in zip(vectors, product.tolist(), fold.tolist(), strict=True):
             if y not in self._pools:
-                self._pools[y] = Coreset(self.channels, 1.0, 2**62, self.max_ram, POOL, seed=self.seed)
+                self._pools[y] = self._pool()
             self._pools[y].add(image, torch.full((len(image),), part))
 
     def choose(self) -> None:
@@ -175,6 +201,16 @@ class Nearest(nn.Module):
             for channels, h, w in shapes
         )
         self.alignments = nn.ModuleList(Alignment(len(shapes), self.side) for _ in range(products))
+
+    def growth(self, images: Sequence[int]) -> Growth:
+        """What so many images of each product will take, before any was seen."""
+        pairs = zip(self._crowds(), self.grids, strict=True)
+        crowds = together(crowd.growth(height * width, images) for crowd, (height, width) in pairs)
+        one = 4 * len(self.grids) * self.side**2
+        kept = [min(count, self.statistics) for count in images]
+        # Maps of all products, and those of one several times over in double precision.
+        maps = one * (sum(kept) + 8 * max(kept, default=0))
+        return Growth(crowds.held + maps, crowds.learnt, crowds.learning, crowds.scoring)
 
     def learn(self, passes: Callable[[], Iterable[Labelled]]) -> None:
         """Centres of each product and, from the distances of images that had no part in them, all scales.

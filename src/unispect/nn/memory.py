@@ -13,6 +13,7 @@ from torch import Tensor
 from unispect.errors import ConfigError, UnispectError, unknown_name
 from unispect.nn.ann import FaissIndex
 from unispect.nn.buffers import Learnt
+from unispect.nn.growth import COVER, Growth, Work
 from unispect.nn.shortlist import Shortlist, lowest
 
 INDEXES = ("exact", "faiss")
@@ -121,7 +122,9 @@ class Coreset:
         self.share, self.start, self.seed, self.seen = share, start, seed, 0
         self.projection = _projection(channels, projection, seed)
         memory, vector = int(max_ram * 2**20), 4 * channels
-        row = vector + 16 * self.projection.shape[1] + 48  # with the copies of its projection while the greedy runs
+        self._row = row = (
+            vector + 16 * self.projection.shape[1] + 48
+        )  # with the copies of its projection while the greedy runs
         self.most = min(most, memory // (2 * vector + 2 * row))
         if self.most < 1:
             raise ConfigError(f"max_ram={max_ram:g} MiB has no room for vectors of {channels} channels: raise it")
@@ -129,6 +132,17 @@ class Coreset:
         self._parts: list[_Part] = []
         self._radius: dict[int, float] = {}
         self._products: set[int] = set()
+
+    def growth(self, vectors: int) -> Growth:
+        """Memory and comparisons for so many vectors; of those beyond the capacity half are taken to be covered."""
+        channels, width = self.projection.shape
+        count = min(self.most, vectors, math.ceil(round(self.share * vectors, 6)))
+        first, beyond = min(vectors, self.capacity), max(0, vectors - self.capacity)
+        reductions = math.ceil(beyond / 2 / max(1, self.capacity - self.most))
+        covering = [Work(COVER, first, self.most, width)] * reductions
+        covering += [Work(COVER, first, count, width)] if count < first else []
+        checks = [Work(COVER, beyond, self.most, width)] if beyond else []
+        return Growth(first * self._row + 8 * channels * count, 4 * channels * count, (*covering, *checks))
 
     @property
     def held(self) -> int:
