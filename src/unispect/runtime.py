@@ -251,16 +251,16 @@ class Inspector:
 
     def _one(self, source: Source) -> Finding:
         array = decode(Path(source) if isinstance(source, str) else source)
-        said = self.network.prepared(self.preparation.image(array))
+        outputs = self.network.prepared(self.preparation.image(array))
         name = str(source) if isinstance(source, Path | str) else None
-        return self.judge.finding(name, _said(said), (array.shape[1], array.shape[0]))
+        return self._judged(name, outputs, (array.shape[1], array.shape[0]))
 
-
-def _said(outputs: Mapping[str, np.ndarray]) -> Said:
-    """Of the one image that was asked about."""
-    products = outputs.get("product")
-    known = None if products is None else products[0]
-    return Said(float(outputs["score"][0]), outputs["map"][0], known, float(outputs["novelty"][0]))
+    def _judged(self, name: str | None, outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Finding:
+        """The finding on the one image that was asked about."""
+        products = outputs.get("product")
+        known = None if products is None else products[0]
+        said = Said(float(outputs["score"][0]), outputs["map"][0], known, float(outputs["novelty"][0]))
+        return self.judge.finding(name, said, size)
 
 
 def _cores() -> int:
