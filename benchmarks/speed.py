@@ -1,8 +1,8 @@
 """How fast exported models inspect, beside the bare backbone: `python benchmarks/speed.py ../shared/realdata`.
 
-Models are exported to OpenVINO and onnxruntime, and inspect image files: decoding, resizing, network, detector and decision. The floor is the
-backbone alone in OpenVINO (f32, a stream a core, one image a request) on the same images, which are decoded and resized before.
-Both run in one process, round about; ratios are of the medians of the rounds.
+Models are exported to OpenVINO and ONNX, and inspect image files: decoding, resizing, network, detector and decision. The
+floor is the backbone alone in OpenVINO (f32, a stream a core, one image a request) on the same images, which are decoded and
+resized before. Both run in one process, in turns; ratios are of the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -108,24 +108,26 @@ def bare(inspector: Inspector) -> OpenVinoEngine:
 
 def stages(inspector: Runtime, chosen: Sequence[Record]) -> dict[str, float]:
     """Milliseconds of each part of an image, one at a time, the network on all cores: medians."""
-    times: dict[str, list[float]] = {"decode": [], "resize": [], "graph": [], "decide": []}
-    for record in chosen[:64]:
-        said: list[Any] = []
-        steps: dict[str, Callable[[], Any]] = {
-            "decode": lambda record=record: decode(record.path),
-            "resize": lambda said=said: inspector.preparation.image(said[0]),
-            "graph": lambda said=said: inspector.network.prepared(said[1]),
-            "decide": lambda said=said: inspector._judged(None, said[2], (said[0].shape[1], said[0].shape[0])),
-        }
-        for name, step in steps.items():
-            start = time.perf_counter()
-            said.append(step())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    rows = [looked(inspector, record.path) for record in chosen[:64]]
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def looked(inspector: Runtime, path: Path) -> dict[str, float]:
+    """Milliseconds of each part of one image."""
+    times = [time.perf_counter()]
+    image = decode(path)
+    times.append(time.perf_counter())
+    square = inspector.preparation.image(image)
+    times.append(time.perf_counter())
+    outputs = inspector.network.prepared(square)
+    times.append(time.perf_counter())
+    inspector._judged(str(path), outputs, (image.shape[1], image.shape[0]))
+    times.append(time.perf_counter())
+    return dict(zip(("decode", "resize", "graph", "decide"), 1e3 * np.diff(times), strict=True))
 
 
 def started(folder: Path, image: Path) -> tuple[float, float]:
-    """Seconds from the start of the import to the first finding, and MiB of the process, in one of its own: the best of three."""
+    """Seconds from the first import to the first finding, and MiB, in a process of its own: the best of three."""
     found = []
     for _ in range(3):
         ran = subprocess.run([sys.executable, "-c", STARTED, folder, image], capture_output=True, text=True, check=True)
@@ -149,10 +151,11 @@ def page(rows: Sequence[dict[str, Any]], data: Path, rounds: int) -> str:
         "",
         f"Command: `python benchmarks/speed.py {data}`",
         "",
-        f"Images a second over {IMAGES} test images of {data.name} (JPEG files of up to 384 px), Lite0 at 256 px in f32, all of "
-        f"{len(os.sched_getaffinity(0))} cores; medians of {rounds} rounds. Floor: the backbone alone in OpenVINO, up to the last layer that "
-        "the model reads, on images that are decoded and resized already. Whole: from files to findings, by `unispect.runtime`. "
-        "Graph: the exported graph alone, on the images of the floor. Ratios are to the floor of the same process.",
+        f"Images a second over {IMAGES} test images of {data.name} (JPEG files, up to 384 px), Lite0 at 256 px in f32, all "
+        f"of {len(os.sched_getaffinity(0))} cores; medians of {rounds} rounds. Floor: the backbone alone in OpenVINO, to "
+        "the last layer that the model reads, on images that are decoded and resized already. Whole: from files to findings, "
+        "by `unispect.runtime`. Graph: the exported graph alone, on the images of the floor. Ratios are to the floor of the "
+        "same process.",
         "",
         "| method | floor | graph, OpenVINO | ratio | whole, OpenVINO | ratio | goal | whole, onnxruntime | ratio |",
         "| --- |" + " ---: |" * 8,
@@ -167,10 +170,11 @@ def page(rows: Sequence[dict[str, Any]], data: Path, rounds: int) -> str:
         lines.append(f"| {row['method']} | {' | '.join(parts)} |")
     lines += [
         "",
-        f'One image at a time, OpenVINO, all cores on it (`hint="latency"`), {LATE} files: milliseconds from file to finding, and the median '
-        "of each stage. Start: seconds from the first import to the first finding in a new process, and its peak of memory.",
+        f"One image at a time, OpenVINO, all cores on it (hint latency), {LATE} files: milliseconds from file to finding, "
+        "and the median of each stage. Start: seconds from the first import to the first finding in a new process, and its "
+        "peak of memory.",
         "",
-        "| method | p50 | p95 | p99 | decode | resize | graph | decide | start, s | MiB | start, onnxruntime, s | MiB | files, MiB |",
+        "| method | p50 | p95 | p99 | decode | resize | graph | decide | start, s | MiB | the same, ONNX | MiB | size |",
         "| --- |" + " ---: |" * 12,
     ]
     for row in rows:
