@@ -51,7 +51,7 @@ def head() -> list[str]:
         "Command: `python benchmarks/parity.py`",
         "",
         "Largest difference between an exported model and eager torch over calibration images and drawn ones, alone "
-        "and several at once. Of scores and novelty it is in standard deviations of calibration images, of maps in units of a "
+        "and several at once. Of scores and novelty in standard deviations of calibration images, of maps in units of a "
         "finding's map, and relative to the value itself where that is larger; of products it is a probability. An export "
         f"whose difference is above {PREPARED:g}, or above {RAW:g} where the graph resizes images itself (some values are "
         "rounded to the neighbouring grey level), fails and writes nothing. Three built-in products, Lite0 at "

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def measured(method: str, records: Sequence[Record], chosen: Sequence[Record], w
         takes["onnxruntime"].append(seconds(lambda: list(other.findings(chosen))))
     pace = {name: len(chosen) / statistics.median(times[1:]) for name, times in takes.items()}  # the first round warms up
     quick = Runtime.load(folder / "openvino", hint="latency")
-    late = sorted(1e3 * seconds(lambda: quick.inspect(record.path)) for record in (chosen * 2)[:LATE])
+    late = sorted(1e3 * seconds(partial(quick.inspect, record.path)) for record in (chosen * 2)[:LATE])
     return {
         "method": method,
         "pace": pace,
@@ -153,8 +154,8 @@ def page(rows: Sequence[dict[str, Any]], data: Path, rounds: int) -> str:
         "",
         f"Images a second over {IMAGES} test images of {data.name} (JPEG files, up to 384 px), Lite0 at 256 px in f32, all "
         f"of {len(os.sched_getaffinity(0))} cores; medians of {rounds} rounds. Floor: the backbone alone in OpenVINO, to "
-        "the last layer that the model reads, on images that are decoded and resized already. Whole: from files to findings, "
-        "by `unispect.runtime`. Graph: the exported graph alone, on the images of the floor. Ratios are to the floor of the "
+        "the last layer that the model reads, on images that are decoded and resized already. Whole: files to findings, "
+        "by `unispect.runtime`. Graph: the exported graph alone, on the same images. Ratios are to the floor of the "
         "same process.",
         "",
         "| method | floor | graph, OpenVINO | ratio | whole, OpenVINO | ratio | goal | whole, onnxruntime | ratio |",
