@@ -739,16 +739,23 @@ def export(
     images: Annotated[
         Path | None, typer.Option("--images", help="Folder of more images to compare torch and the export on.")
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Convolutions in 8 bits, if that costs no accuracy.")] = False,
+    check: Annotated[
+        Path | None, typer.Option("--check", help="Labelled images on which 8 bits are checked; else defects are planted.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(help="Image AUROC that 8 bits may cost.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as one graph that needs no torch, if it agrees with torch."""
+    from unispect.data.datasets import read_data
     from unispect.data.folder import images_below
     from unispect.data.loader import decode
     from unispect.export.bundle import export as write
 
     more = [] if images is None else [decode(path) for path in islice(images_below(images), COMPARED)]
-    found = write(_loaded(model, None), out, to, overwrite, more)
+    labelled = [] if check is None else [record for record in read_data(check) if record.split == "test"]
+    found = write(_loaded(model, None), out, to, overwrite, more, int8, labelled, max_loss)
     if as_json:
         _print_json(found.as_dict())
         return

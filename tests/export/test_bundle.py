@@ -11,7 +11,7 @@ from PIL import Image
 
 from unispect import runtime
 from unispect.data.factory import write_products
-from unispect.data.folder import images_below
+from unispect.data.folder import images_below, read_folder
 from unispect.data.loader import Failure, decode
 from unispect.data.records import Record
 from unispect.errors import CalibrationError, ConfigError, ExportError, ImageError, MissingExtraError, StoreError
@@ -130,12 +130,12 @@ def test_the_bundle_tells_how_well_it_agrees(exported: dict[str, Path]) -> None:
 def test_a_graph_that_disagrees_is_not_written(
     inspector: Inspector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(given: Inspector) -> dict[str, bytes]:
+    def wrong(given: Inspector, int8: bool) -> dict[str, bytes]:
         bias = next(part.bias for part in given.engine.extractor.modules() if getattr(part, "bias", None) is not None)
         with torch.no_grad():
             bias += 0.05
             try:
-                return EXPORTERS["onnx"](given)
+                return EXPORTERS["onnx"](given, int8)
             finally:
                 bias -= 0.05
 
@@ -199,3 +199,37 @@ def test_hints_change_no_number(exported: dict[str, Path], products: Path, hint:
     path = next(images_below(products / "gear" / "test"))
     scores = [runtime.Inspector.load(folder, hint=hint, threads=1).inspect(path).score for folder in exported.values()]  # type: ignore[union-attr]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+# 8 bits
+
+
+def test_eight_bits_where_they_cost_nothing(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    found = export(inspector, tmp_path / "int8", int8=True, max_loss=0.2)
+    assert found.cost is not None
+    assert found.cost.planted
+    assert found.cost.before > 0.6
+    assert "image AUROC" in found.text()
+    small, large = ((tmp_path / "int8" / "model.onnx").stat().st_size, export_size(inspector, tmp_path))
+    assert small < 0.6 * large
+    loaded = runtime.Inspector.load(tmp_path / "int8")
+    assert loaded.about["precision"] == "int8"
+    assert loaded.threshold != inspector.threshold  # of its own scores
+    calibrated = [loaded.inspect(record.path) for record in inspector.split.calibration]
+    scores = sorted(one.score for one in calibrated if isinstance(one, Finding))
+    assert scores == pytest.approx(loaded.calibration.images.scores.tolist(), rel=1e-5)
+
+
+def export_size(inspector: Inspector, folder: Path) -> int:
+    export(inspector, folder / "f32")
+    return (folder / "f32" / "model.onnx").stat().st_size
+
+
+def test_eight_bits_are_refused_where_they_cost_too_much(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    labelled = [record for record in read_folder(products) if record.split == "test"]
+    with pytest.raises(ExportError, match=r"8-bit numbers cost .* image AUROC .* allowed are -0.9: nothing was written"):
+        export(inspector, tmp_path / "out", int8=True, check=labelled, max_loss=-0.9)
+    good = [record for record in labelled if record.label == 0]
+    with pytest.raises(ExportError, match="6 good and 0 defective"):
+        export(inspector, tmp_path / "out", int8=True, check=good)
+    assert not (tmp_path / "out").exists()

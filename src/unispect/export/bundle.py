@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,28 +13,61 @@ from typing import Any
 
 import numpy as np
 
+from unispect.data.records import Record
+from unispect.decide.judge import Calibration
 from unispect.errors import ExportError, unknown_name
 from unispect.export.onnx import onnx_model
 from unispect.export.openvino import openvino_model
 from unispect.export.parity import Parity, compare
+from unispect.export.quantised import Cost, cost, recalibrated
 from unispect.inspector import Inspector
-from unispect.runtime import Network, network
+from unispect.runtime import network
 from unispect.store import EXPORT, write_folder
 
 Files = dict[str, bytes]
-EXPORTERS: dict[str, Callable[[Inspector], Files]] = {
-    "onnx": lambda inspector: {"model.onnx": onnx_model(inspector)},
-    "openvino": lambda inspector: dict(zip(("model.xml", "model.bin"), openvino_model(inspector), strict=True)),
+EXPORTERS: dict[str, Callable[[Inspector, bool], Files]] = {
+    "onnx": lambda inspector, int8: {"model.onnx": onnx_model(inspector, int8=int8)},
+    "openvino": lambda inspector, int8: dict(zip(("model.xml", "model.bin"), openvino_model(inspector, int8), strict=True)),
 }
+MOST = 0.01  # image AUROC that 8 bits may cost
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was found about an export before it was written.
+
+    cost   of 8 bits, where they were asked for: then `parity` is for information, and this is the condition
+    """
+
+    parity: Parity
+    cost: Cost | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return self.parity.as_dict() | {"int8": None if self.cost is None else self.cost.as_dict()}
+
+    def text(self) -> str:
+        """For people."""
+        return self.parity.text() if self.cost is None else self.cost.text()
 
 
 def export(
-    inspector: Inspector, out: Path | str, to: str = "onnx", overwrite: bool = False, images: Sequence[np.ndarray] = ()
-) -> Parity:
+    inspector: Inspector,
+    out: Path | str,
+    to: str = "onnx",
+    overwrite: bool = False,
+    images: Sequence[np.ndarray] = (),
+    int8: bool = False,
+    check: Sequence[Record] = (),
+    max_loss: float = MOST,
+) -> Exported:
     """Write a model as a folder that `unispect.runtime` reads without torch.
 
-    to       "onnx" or "openvino"
-    images   more images (H, W, 3) uint8 to compare on
+    to         "onnx" or "openvino"
+    images     more images (H, W, 3) uint8 to compare on
+    int8       convolutions in 8 bits, with thresholds of their own
+    check      labelled images on which 8 bits may cost at most `max_loss` of image AUROC; without any, defects are planted
+               into calibration images
 
     Raises ExportError where the model cannot be one graph, or the graph disagrees with torch: then nothing is written.
     """
@@ -45,21 +78,25 @@ def export(
             f"features.precision={inspector.config['features']['precision']!r}: expected 'f32'; an exported graph has one "
             "precision for all of its parts, and only networks bear less"
         )
-    files = EXPORTERS[to](inspector)
-    found = compare(inspector, _run(network(files)), images)
-    found.check()
-    about = _json(_about(inspector, to) | {"files": sorted(files)})
-    beside = {"decision.json": _json(_decision(inspector)), "parity.json": _json(found.as_dict()), "about.json": about}
-    write_folder(Path(out), {**files, **beside, "card.md": inspector.card().encode()}, overwrite, EXPORT)
+    files = EXPORTERS[to](inspector, int8)
+    graph = network(files)
+    found = Exported(compare(inspector, graph.whole, images), cost(inspector, graph, check) if int8 else None)
+    if found.cost is None:
+        found.parity.check()
+    else:
+        found.cost.check(max_loss)
+    calibration = recalibrated(inspector, graph) if int8 else inspector.calibration
+    beside = {
+        "decision.json": _json(_decision(inspector, calibration)),
+        "parity.json": _json(found.as_dict()),
+        "about.json": _json(_about(inspector, to, int8) | {"files": sorted(files)}),
+        "card.md": inspector.card().encode(),
+    }
+    write_folder(Path(out), {**files, **beside}, overwrite, EXPORT)
     return found
 
 
-def _run(graph: Network) -> Callable[[np.ndarray], Mapping[str, np.ndarray]]:
-    """The whole graph, its own resizing included."""
-    return graph.whole
-
-
-def _about(inspector: Inspector, to: str) -> dict[str, Any]:
+def _about(inspector: Inspector, to: str, int8: bool) -> dict[str, Any]:
     """What the graph is and where it comes from."""
     packages = ("unispect", "torch", "timm", "onnx", "openvino" if to == "openvino" else "onnxruntime")
     return {
@@ -68,20 +105,20 @@ def _about(inspector: Inspector, to: str) -> dict[str, Any]:
         "aligner": inspector.config["aligner"],
         "backbone": inspector.config["features"]["backbone"],
         "features": inspector.facts["features"],
-        "precision": inspector.config["features"]["precision"],
+        "precision": "int8" if int8 else "f32",
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _decision(inspector: Inspector) -> dict[str, Any]:
+def _decision(inspector: Inspector, calibration: Calibration) -> dict[str, Any]:
     """All that turns scores into findings. It may change while the graph stays."""
     return {
         "products": list(inspector.products),
         "preparation": asdict(inspector.preparation),
         "decision": asdict(inspector.decision),
-        "calibration": inspector.calibration.as_dict(),
+        "calibration": calibration.as_dict(),
     }
 
 

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from unispect.errors import ExportError, MissingExtraError
 from unispect.export.program import Judged, Prepared
+from unispect.export.quantised import quantised
 from unispect.inspector import Inspector
 from unispect.runtime import BETWEEN, INPUT
 
 OPSET = 20
 
 
-def onnx_model(inspector: Inspector, products: bool = False) -> bytes:
+def onnx_model(inspector: Inspector, products: bool = False, int8: bool = False) -> bytes:
     """The file's content: opset 20, any number of images of any size.
 
     products   resize images by matrix products (see program.Prepared)
+    int8       convolutions in 8 bits (see quantised)
 
     Raises ExportError where a part of the model has no form in ONNX, MissingExtraError.
     """
@@ -37,6 +39,8 @@ def onnx_model(inspector: Inspector, products: bool = False) -> bytes:
     images = torch.zeros(count, size + 3, size + 5, 3, dtype=torch.uint8)
     first = _graph(prepared, images, {0: "images", 1: "height", 2: "width"}, INPUT, [BETWEEN])
     second = _graph(judged, torch.zeros(count, 3, size, size), {0: "images"}, BETWEEN, judged.names)
+    if int8:
+        second = quantised(second, inspector)
     joined = onnx.compose.merge_models(
         onnx.compose.add_prefix(first, "p.", rename_inputs=False, rename_outputs=False),
         onnx.compose.add_prefix(second, "j.", rename_inputs=False, rename_outputs=False),

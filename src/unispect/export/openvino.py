@@ -10,7 +10,7 @@ from unispect.export.onnx import onnx_model
 from unispect.inspector import Inspector
 
 
-def openvino_model(inspector: Inspector) -> tuple[bytes, bytes]:
+def openvino_model(inspector: Inspector, int8: bool = False) -> tuple[bytes, bytes]:
     """Content of model.xml and of model.bin.
 
     Raises what `onnx_model` raises.
@@ -19,7 +19,7 @@ def openvino_model(inspector: Inspector) -> tuple[bytes, bytes]:
         import openvino
     except ImportError as error:
         raise MissingExtraError("exporting to openvino needs the package: pip install unispect[openvino]") from error
-    model = openvino.Core().read_model(onnx_model(inspector, products=True))
+    model = openvino.Core().read_model(onnx_model(inspector, products=True, int8=int8))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
