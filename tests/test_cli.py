@@ -575,3 +575,65 @@ def test_benchmark_ends_with_a_table_and_says_what_failed(run: Run, place: Place
         assert result.code == 2
         assert told in result.err
         assert not (tmp_path / "other").exists()
+
+
+# Exported models
+
+
+@pytest.fixture(scope="session")
+def exported(place: Place) -> Path:
+    out = place.model.with_name("exported")
+    assert cli.main(["export", str(place.model), "-o", str(out)]) == 0
+    return out
+
+
+def test_an_exported_model_inspects_as_the_model_does(run: Run, place: Place, exported: Path, images: Path) -> None:
+    model, other = (run("inspect", which, images, "--json") for which in (place.model, exported))
+    assert other.code == model.code == 0
+    for one, two in zip(map(json.loads, model.out.splitlines()), map(json.loads, other.out.splitlines()), strict=True):
+        assert one.keys() == two.keys()
+        assert one.get("error") == two.get("error")
+        assert one.get("anomalous") == two.get("anomalous")
+    assert "--fail-on-anomaly" not in other.err
+    assert run("inspect", exported, images, "--fail-on-anomaly").code == 1
+    assert run("inspect", exported, images, "--report", images / "r.html").code == 0
+    assert "Exported" in (images / "r.html").read_text("utf-8")
+
+
+def test_export_says_how_well_it_agrees_and_replaces_nothing(run: Run, place: Place, exported: Path) -> None:
+    again = run("export", place.model, "-o", exported)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    done = run("export", place.model, "-o", exported, "--overwrite", "--json")
+    assert done.code == 0
+    told = json.loads(done.out)
+    assert told["prepared"]["score"] < told["tolerance"]["prepared"]
+    assert "unknown export format 'tflite'" in run("export", place.model, "-o", exported, "--to", "tflite").err
+
+
+def test_an_exported_model_can_only_inspect(run: Run, place: Place, exported: Path) -> None:
+    for verb in ("evaluate", "report"):
+        refused = run(verb, exported, place.data, *(["-o", exported.with_name("r")] if verb == "report" else []))
+        assert refused.code == 2
+        assert "exported model, which can only inspect" in refused.err
+
+
+def test_watch_and_stream(run: Run, exported: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = run("watch", exported, images, "--out", tmp_path / "out", "--once", "--settle", "0", "--json")
+    assert watched.code == 0
+    assert len(watched.out.splitlines()) == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"{name}.json" for name in ("a good.png", "b noise.png", "c broken.png")
+    ]
+    assert run("watch", exported, images, "--out", tmp_path / "out", "--once", "--settle", "0").out == ""
+    assert "no such folder" in run("watch", exported, images / "no", "--out", tmp_path / "o").err
+    asked = [{"path": str(images / "a good.png"), "id": 1}, {"path": str(images / "c broken.png"), "id": 2}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{json.dumps(one)}\n" for one in asked)))
+    first, second = map(json.loads, run("stream", exported).out.splitlines())
+    assert (first["id"], first["anomalous"]) == (1, False)
+    assert (second["id"], "error" in second) == (2, True)
+
+
+def test_methods_say_what_can_be_exported(run: Run) -> None:
+    assert "exported to: onnx, openvino" in run("methods").out
+    assert json.loads(run("methods", "--json").out)["hgad"]["exported_to"] == ["onnx", "openvino"]

@@ -1150,13 +1150,20 @@ PAPERS = {
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the methods and aligners with their papers."""
+    """List the methods and aligners with their papers, and what they can be exported to."""
+    from unispect.export.bundle import EXPORTERS
+
+    formats = list(EXPORTERS)
     if as_json:
-        about = {name: {"title": one.title, "link": one.link, "summary": one.summary} for name, one in PAPERS.items()}
+        about = {
+            name: {"title": one.title, "link": one.link, "summary": one.summary, "exported_to": formats}
+            for name, one in PAPERS.items()
+        }
         _print_json(about)
         return
     for name, one in PAPERS.items():
-        print(f"{name}: {one.summary}\n  {one.title}\n  {one.link}")
+        print(f"{name}: {one.summary}\n  {one.title}\n  {one.link}\n  exported to: {', '.join(formats)}")
+    print("Not exported: models whose features.precision is bf16. A faiss index is exported as exact search.")
 
 
 @app.command()
