@@ -187,7 +187,8 @@ class OPCA(StatisticalDetector):
         """Distance of each place to its image's product, (N, C, h, w) -> (N, h, w)."""
         place = self.levels.index(number)
         parts = [self._levels(y)[place] for y in range(len(self.gaussians))]
-        return distances(parts, level.flatten(2).mT, product).unflatten(1, level.shape[2:])
+        found: Tensor = distances(parts, level.flatten(2).mT, product).unflatten(1, level.shape[2:])
+        return found
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

@@ -96,7 +96,8 @@ class HierarchicalMixture(nn.Module):
         offset = torch.einsum("yd,yed->ye", self.mu + self.offset[:, 0], self.metric[:, 0])
         residual = z @ self.metric.flatten(0, 2).T - offset.flatten()
         squared = residual.unflatten(-1, (self.products, self.channels)).square().sum(-1)
-        return -squared.movedim(-1, 0) / 2 + self.log_volume[:, None, :, None]
+        logits: Tensor = -squared.movedim(-1, 0) / 2 + self.log_volume[:, None, :, None]
+        return logits
 
     def inside(self, z: Tensor, product: int) -> Tensor:
         """log of one product's mixture at z, + (D/2) ln 2 pi, (m, c, q, D) -> (m, c, q). The main centre is fixed."""

@@ -88,5 +88,6 @@ def distances(parts: Sequence[Subspace], vectors: Tensor, product: Tensor) -> Te
     if torch.compiler.is_exporting():
         offset = vectors - taken([part.mean for part in parts], product)[:, None]
         matrix = stacked([part.matrix for part in parts]).index_select(0, product)
-        return torch.linalg.vector_norm(offset @ matrix.mT, dim=2)
+        found: Tensor = torch.linalg.vector_norm(offset @ matrix.mT, dim=2)
+        return found
     return torch.stack([parts[y](image) for image, y in zip(vectors, product.tolist(), strict=True)])
