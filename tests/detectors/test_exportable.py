@@ -8,7 +8,7 @@ import onnx_ir
 import pytest
 import torch
 from onnxscript.optimizer import optimize_ir
-from test_conformance import PRODUCTS, SHAPES, SHORT, SMALL, defective, normal
+from test_conformance import PRODUCTS, SHAPES, SMALL, defective, normal
 from torch import Tensor, nn
 
 from exported import ENGINES, Engine, exported
@@ -16,13 +16,14 @@ from planted import labelled
 from unispect.align.aligners import ALIGNERS
 from unispect.align.base import Aligner, Pairs, Statistics, view, width
 from unispect.decide.unknown import Novelty
-from unispect.detectors.base import Detector, StatisticalDetector
+from unispect.detectors.base import Detector, Recipe, StatisticalDetector
 from unispect.detectors.methods import build, sections
 from unispect.fit import Labelled, fit, learn
 from unispect.inspector import complete
 from unispect.types import Features, Scores
 
 BATCHES = (1, 2, 5)
+BRIEF = Recipe(steps=4, images=12, places=2, checks=1)
 FEW = 3  # images of the last product: what is known of the products differs in size
 
 
@@ -37,11 +38,11 @@ class Case:
 
 
 CASES = [
-    Case("hgad"),
-    Case("hgad", {"score": "aligned", "likelihood": "marginal", "position": 0}),
-    Case("hgad", {"score": "aligned", "covariance": "place"}),
-    Case("hgad", {"score": "gated", "covariance": "identity", "likelihood": "marginal"}),
-    Case("hgad", {"score": "product", "start": "published", "covariance": "identity", "criterion": "entropy"}),
+    Case("hgad", {"blocks": 1}),
+    Case("hgad", {"blocks": 1, "score": "aligned", "likelihood": "marginal", "position": 0}),
+    Case("hgad", {"blocks": 1, "score": "aligned", "covariance": "place"}),
+    Case("hgad", {"blocks": 1, "score": "gated", "covariance": "identity", "likelihood": "marginal"}),
+    Case("hgad", {"blocks": 1, "score": "product", "start": "published", "covariance": "identity", "criterion": "entropy"}),
     Case("opca"),
     Case("opca", {"image": "top", "per_product": False, "components": "all"}),
     Case("opca", {"mode": "pooled", "components": "pca", "variance": 0.95}, "cada"),
@@ -96,7 +97,7 @@ def teach(detector: Detector, images: Labelled) -> None:
         learn(detector, images)
     else:
         levels, product = normal(24, 2)
-        fit(detector, images, labelled(levels, product.numpy()), SHORT, 0)  # type: ignore[arg-type]
+        fit(detector, images, labelled(levels, product.numpy()), BRIEF, 0)  # type: ignore[arg-type]
 
 
 def aligned(case: Case, detector: Detector) -> Aligner:
