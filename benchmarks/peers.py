@@ -9,8 +9,8 @@ Each model is then run in a process of its own on the same cores (`peers_run.py`
 compiled model, f32, on the same images of bytes in memory. In each process the bare backbone (up to blocks.4) takes its turn
 round by round, and ratios are to it: models measured at different times compare. All processes are run in turns, repeatedly.
 
-What is learnt is kept in WORK, so that a second run only measures; `--again` learns anew. Left out: the files' decoding, and
-anomalib's inferencer on two streams, since it takes one image after another.
+What is learnt is kept in WORK, so that a second run only measures; `--again` learns and exports anew. Left out: the files'
+decoding, and anomalib's inferencer on two streams, since it takes one image after another.
 """
 
 from __future__ import annotations
@@ -133,19 +133,21 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)), help="that models run on")
     parser.add_argument("--rounds", type=int, default=3, help="of all images in a process")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each model")
-    parser.add_argument("--again", action="store_true", help="learn anew")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="methods of unispect")
+    parser.add_argument("--again", action="store_true", help="learn and export anew")
     parser.add_argument("--note", default="", help="put below the table: what else ran on the machine")
     given = parser.parse_args()
     work = given.work.resolve()
     python = peer_environment(work / "venv")
-    if given.again or not (work / "learnt.json").is_file():
+    if given.again:
+        for part in ("data", "saved", "unispect", "anomalib"):
+            shutil.rmtree(work / part, ignore_errors=True)
+    if not (work / "data").is_dir():
         prepare(given.data, given.products, work)
-        learn_ours(work)
-        learn_theirs(work, python)
-        write_floor(work / "floor")
-        (work / "learnt.json").write_text(json.dumps({"products": given.products}), "utf-8")
-    things = list(measurable(work, python))
-    measured = measure(things, work, given.cores, given.rounds, given.repeats)
+    learn_ours(work, given.ours)
+    learn_theirs(work, python)
+    write_floor(work / "floor")
+    measured = measure(list(measurable(work, python, given.ours)), work, given.cores, given.rounds, given.repeats)
     RESULTS.write_text(page(measured, work, python, given), "utf-8")
     print(RESULTS.read_text("utf-8"))
 
@@ -181,7 +183,6 @@ def variables(python: Path) -> dict[str, str]:
 
 def prepare(data: Path, products: Sequence[str], work: Path) -> None:
     """The images at their size, in folders by product, and those to measure on as one array."""
-    shutil.rmtree(work / "data", ignore_errors=True)
     records = [record for record in read_data(data) if record.product in products]
     learnt = [record for product in products for record in first(records, product, "train", 0, GOOD)]
     tested = [
@@ -210,47 +211,61 @@ def square(path: Path) -> np.ndarray:
     return Preparation().image(decode(path))
 
 
-def learn_ours(work: Path) -> None:
-    """Our models, and from their split the images that anomalib learns from and sets its thresholds with."""
+def learn_ours(work: Path, methods: Sequence[str]) -> None:
+    """Our models that are not there yet, exported."""
     records, cache = read_data(work / "data"), FeatureCache(work / "cache")
-    for method, options in OURS.items():
-        inspector = Inspector.fit(records, {"method": method} | COMMON | options, cache=cache)
-        export(inspector.save(work / "saved" / method, overwrite=True), work / "unispect" / method)
-        if method == "patchcore":
-            about = {"vectors": len(inspector.detector.bank.vectors), "images": len(inspector.split.train)}
-            (work / "about.json").write_text(json.dumps(about), "utf-8")
-            bad = [record for record in records if record.label == 1]
-            hand_over(
-                {"learn": inspector.split.train, "good": inspector.split.calibration, "bad": bad}, work / "anomalib" / "data"
-            )
+    for method in methods:
+        saved = work / "saved" / method
+        if not saved.is_dir():
+            inspector = Inspector.fit(records, {"method": method} | COMMON | OURS[method], cache=cache)
+            inspector.save(saved)
+        if not exported(work / "unispect" / method):
+            export(saved, work / "unispect" / method)
+
+
+def exports() -> bool:
+    """Whether this version of unispect exports models."""
+    return find_spec("unispect.runtime") is not None
+
+
+def exported(folder: Path) -> bool:
+    """Whether a model is there in the form that is to be run."""
+    return (folder / "model.xml").is_file() if exports() else folder.is_dir()
 
 
 def export(saved: Path, target: Path) -> None:
-    """A saved model as OpenVINO; as it is, as long as this version of unispect exports none."""
+    """A saved model as OpenVINO; as it is, as long as none is exported."""
     shutil.rmtree(target, ignore_errors=True)
-    if find_spec("unispect.runtime") is None:
-        shutil.copytree(saved, target)
-    else:
+    if exports():
         command = [sys.executable, "-m", "unispect", "export", saved, "-o", target, "--to", "openvino"]
         subprocess.run(command, check=True)
+    else:
+        shutil.copytree(saved, target)
 
 
-def hand_over(roles: Mapping[str, Sequence[Record]], target: Path) -> None:
-    """Copies of images, in a folder for each role."""
-    shutil.rmtree(target, ignore_errors=True)
-    for role, records in roles.items():
-        (target / role).mkdir(parents=True)
+def hand_over(work: Path) -> None:
+    """To anomalib: the images that ours learn from and set their thresholds with, and defective ones; the weights."""
+    split = Inspector.load(work / "saved" / "patchcore").split
+    bad = [record for record in read_data(work / "data") if record.label == 1]
+    for role, records in {"learn": split.train, "good": split.calibration, "bad": bad}.items():
+        target = work / "anomalib" / "data" / role
+        target.mkdir(parents=True)
         for record in records:
-            shutil.copy(record.path, target / role / f"{record.product}-{record.path.name}")
+            shutil.copy(record.path, target / f"{record.product}-{record.path.name}")
+    state, _ = load_backbone_weights(BACKBONE)
+    save_file({name: value.contiguous() for name, value in state.items()}, work / "anomalib" / "weights.safetensors")
 
 
 def learn_theirs(work: Path, python: Path) -> None:
-    """anomalib's models, with the weights that ours have."""
-    state, _ = load_backbone_weights(BACKBONE)
-    save_file({name: value.contiguous() for name, value in state.items()}, work / "weights.safetensors")
-    command = [python, HERE / "peers_learn.py", work]
-    with tempfile.TemporaryDirectory() as folder:  # it writes beside where it stands
-        subprocess.run(command, check=True, env=variables(python), cwd=folder)
+    """anomalib's models that are not there yet."""
+    folder = work / "anomalib"
+    if all((folder / method / "about.json").is_file() for method in THEIRS):
+        return
+    if not folder.is_dir():
+        hand_over(work)
+    command = [python, HERE / "peers_learn.py", folder]
+    with tempfile.TemporaryDirectory() as elsewhere:  # it writes beside where it stands
+        subprocess.run(command, check=True, env=variables(python), cwd=elsewhere)
 
 
 def write_floor(folder: Path) -> None:
@@ -264,7 +279,7 @@ def write_floor(folder: Path) -> None:
 # What is measured.
 
 
-def measurable(work: Path, python: Path) -> Iterator[Thing]:
+def measurable(work: Path, python: Path, methods: Sequence[str]) -> Iterator[Thing]:
     """All that there is to run."""
     here, floor = Path(sys.executable), work / "floor"
     yield Thing("backbone alone", "bare", "bare", here, floor / "model.xml", floor)
@@ -272,7 +287,7 @@ def measurable(work: Path, python: Path) -> Iterator[Thing]:
         folder = work / "anomalib" / method / "weights" / "openvino"
         yield Thing(f"anomalib {method}", "bare", "bare", here, folder / "model.xml", folder)
         yield Thing(f"anomalib {method}", "its inferencer", "anomalib", python, folder / "model.xml", folder)
-    for method in OURS:
+    for method in methods:
         folder = work / "unispect" / method
         if (folder / "model.xml").is_file():
             yield Thing(f"unispect {method}", "bare", "bare", here, folder / "model.xml", folder)
@@ -345,11 +360,13 @@ def page(measured: Mapping[tuple[Thing, int], Measured], work: Path, python: Pat
 
 def explained(work: Path, given: argparse.Namespace, images: int) -> list[str]:
     """What the columns are."""
-    ours, theirs = read(work / "about.json"), read(work / "anomalib" / "patchcore" / "about.json")
+    patchcore = Inspector.load(work / "saved" / "patchcore")
+    learnt, ours = len(patchcore.split.train), len(patchcore.detector.bank.vectors)
+    theirs = read(work / "anomalib" / "patchcore" / "about.json")["vectors"]
     return [
-        f"Models of {', '.join(given.products)} in one, learnt from the same {ours['images']} good images; 256 px, Lite0 in",
-        f"f32, cores {', '.join(map(str, given.cores))}. PatchCore keeps {ours['vectors']} vectors in unispect,",
-        f"{theirs['vectors']} in anomalib.",
+        f"Models of {', '.join(given.products)} in one, learnt from the same {learnt} good images; 256 px, Lite0 in",
+        f"f32, cores {', '.join(map(str, given.cores))}. PatchCore keeps {ours} vectors in unispect,",
+        f"{theirs} in anomalib.",
         "",
         "Images of bytes, in memory: one after another (images/s and percentiles of ms), and two at a time on two streams.",
         "/ backbone: time over that of the bare backbone up to blocks.4, which takes turns with the model in its process;",
@@ -360,7 +377,7 @@ def explained(work: Path, given: argparse.Namespace, images: int) -> list[str]:
         "By its own inferencer a model of unispect also decides, names the product and outlines defects.",
         *(
             []
-            if find_spec("unispect.runtime")
+            if exports()
             else ["unispect exports no models yet: its inspector runs saved ones, network in OpenVINO, the rest in torch."]
         ),
     ]

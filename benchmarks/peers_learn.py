@@ -39,22 +39,23 @@ METHODS = ("patchcore", "padim", "fastflow")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder with weights.safetensors and anomalib/data, see peers.py")
+    parser.add_argument("folder", type=Path, help="with weights.safetensors and images below data/, see peers.py")
     given = parser.parse_args()
     logging.getLogger("anomalib").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     for method in METHODS:
-        learn(method, given.work)
+        if not (given.folder / method / "about.json").is_file():
+            learn(method, given.folder)
 
 
-def learn(method: str, work: Path) -> None:
-    """One model, exported to anomalib/METHOD/weights/openvino, with what is to be told of it beside."""
+def learn(method: str, folder: Path) -> None:
+    """One model, exported to METHOD/weights/openvino, with what is to be told of it beside."""
     torch.manual_seed(0)
-    target, data = work / "anomalib" / method, work / "anomalib" / "data"
-    model = built(method, backbone(work / "weights.safetensors"))
-    folder = Folder(
+    target = folder / method
+    model = built(method, backbone(folder / "weights.safetensors"))
+    images = Folder(
         name="good",
-        root=data,
+        root=folder / "data",
         normal_dir="learn",
         normal_test_dir="good",
         abnormal_dir="bad",
@@ -62,7 +63,7 @@ def learn(method: str, work: Path) -> None:
         num_workers=0,
     )
     engine = Engine(default_root_dir=target / "run", accelerator="cpu", devices=1, max_epochs=1, logger=False)
-    engine.fit(model, datamodule=folder)
+    engine.fit(model, datamodule=images)
     engine.export(model, ExportType.OPENVINO, export_root=target, input_size=(SIDE, SIDE))
     vectors = len(model.model.memory_bank) if method == "patchcore" else None
     (target / "about.json").write_text(json.dumps({"vectors": vectors}), "utf-8")
