@@ -39,13 +39,20 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_products(tmp_path_factory.mktemp("products"), 26, 1, 1, 64, products=["gear"])
+
+
+@pytest.fixture(scope="module")
+def inspector(products: Path) -> Inspector:
+    return Inspector.fit(products, {"method": "opca", "preparation": {"size": 64}, "decision": {"false_alarm_rate": 0.3}})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(UV is None, reason="uv, which the Makefile installs, is not there")
 @pytest.mark.parametrize("to", NEEDED)
-def test_inspection_needs_numpy_pillow_and_a_runtime(to: str, tmp_path: Path) -> None:
-    products = write_products(tmp_path / "products", 26, 1, 1, 64, products=["gear"])
-    config = {"method": "opca", "preparation": {"size": 64}, "decision": {"false_alarm_rate": 0.3}}
-    inspector = Inspector.fit(products, config)
+def test_inspection_needs_numpy_pillow_and_a_runtime(to: str, products: Path, inspector: Inspector, tmp_path: Path) -> None:
     export(inspector, tmp_path / "model", to)
     image = next((products / "gear" / "test").rglob("*.png"))
 
