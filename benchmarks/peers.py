@@ -26,7 +26,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from unispect.benchmark import environment
 from unispect.data.datasets import read_data
 from unispect.data.loader import Preparation, decode
 from unispect.data.records import Record
+from unispect.export.bundle import export as export_model
 from unispect.features.cache import FeatureCache
 from unispect.features.engine import _converted as converted
 from unispect.features.pyramid import PyramidExtractor
@@ -219,28 +219,9 @@ def learn_ours(work: Path, methods: Sequence[str]) -> None:
         if not saved.is_dir():
             inspector = Inspector.fit(records, {"method": method} | COMMON | OURS[method], cache=cache)
             inspector.save(saved)
-        if not exported(work / "unispect" / method):
-            export(saved, work / "unispect" / method)
-
-
-def exports() -> bool:
-    """Whether this version of unispect exports models."""
-    return find_spec("unispect.runtime") is not None
-
-
-def exported(folder: Path) -> bool:
-    """Whether a model is there in the form that is to be run."""
-    return (folder / "model.xml").is_file() if exports() else folder.is_dir()
-
-
-def export(saved: Path, target: Path) -> None:
-    """A saved model as OpenVINO; as it is, as long as none is exported."""
-    shutil.rmtree(target, ignore_errors=True)
-    if exports():
-        command = [sys.executable, "-m", "unispect", "export", saved, "-o", target, "--to", "openvino"]
-        subprocess.run(command, check=True)
-    else:
-        shutil.copytree(saved, target)
+        target = work / "unispect" / method
+        if not target.is_dir():
+            export_model(Inspector.load(saved), target, "openvino")
 
 
 def hand_over(work: Path) -> None:
@@ -292,8 +273,7 @@ def measurable(work: Path, python: Path, methods: Sequence[str]) -> Iterator[Thi
         yield Thing(f"anomalib {method}", "its inferencer", "anomalib", python, folder / "model.xml", folder)
     for method in methods:
         folder = work / "unispect" / method
-        if (folder / "model.xml").is_file():
-            yield Thing(f"unispect {method}", "bare", "bare", here, folder / "model.xml", folder)
+        yield Thing(f"unispect {method}", "bare", "bare", here, folder / "model.xml", folder)
         yield Thing(f"unispect {method}", "its inspector", "unispect", here, folder, folder)
 
 
@@ -301,8 +281,7 @@ def measure(
     things: Sequence[Thing], work: Path, cores: Sequence[int], rounds: int, repeats: int
 ) -> dict[tuple[Thing, int], Measured]:
     """Each thing with one and, where it can, with two streams; all in turns."""
-    # what an inferencer does with more streams is its own affair: both take one image after another
-    cases = [(thing, streams) for thing in things for streams in ((1, 2) if thing.kind == "bare" else (1,))]
+    cases = [(thing, streams) for thing in things for streams in ((1,) if thing.kind == "anomalib" else (1, 2))]
     measured = {case: Measured() for case in cases}
     for repeat in range(repeats):
         for thing, streams in cases:
@@ -378,11 +357,6 @@ def explained(work: Path, given: argparse.Namespace, images: int) -> list[str]:
         "something was learnt, no more; each FastFlow learnt for one epoch only.",
         "",
         "By its own inferencer a model of unispect also decides, names the product and outlines defects.",
-        *(
-            []
-            if exports()
-            else ["unispect exports no models yet: its inspector runs saved ones, network in OpenVINO, the rest in torch."]
-        ),
     ]
 
 
