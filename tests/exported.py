@@ -44,14 +44,14 @@ def present(scores: Scores) -> tuple[Tensor, ...]:
     return tuple(value for value in (scores.image, scores.maps, scores.products) if value is not None)
 
 
-def exported(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: int = 1) -> Path:
-    """The module as an ONNX file whose batch is free."""
+def exported(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, many: bool = False) -> Path:
+    """The module as an ONNX file whose batch is free. many: it takes its inputs as *inputs."""
     free = tuple({0: Dim.DYNAMIC} for _ in inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        program = torch.export.export(module.eval(), inputs, dynamic_shapes=(free,) if names > 1 else free)
+        program = torch.export.export(module.eval(), inputs, dynamic_shapes=(free,) if many else free)
         onnx = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
     assert onnx is not None
     onnx.save(path)

@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from unispect.nn.maps import blurred, magnified, top_mean, upsampled
+from unispect.nn.maps import blurred, box_mean, magnified, top_mean, upsampled
 
 
 def draw(*shape: int) -> Tensor:
@@ -59,3 +59,10 @@ def test_magnified_is_upsampled_then_blurred(size: tuple[int, int], side: int, s
     maps = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
     expected = blurred(upsampled(maps, side, aligned), sigma)
     torch.testing.assert_close(magnified(maps, side, sigma, aligned), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "padding"), [(4, 0), (5, 2), (1, 0)])
+def test_box_mean_is_average_pooling(side: int, padding: int) -> None:
+    maps = draw(2, 9, 7)
+    expected = torch.nn.functional.avg_pool2d(maps[:, None], side, stride=1, padding=padding)[:, 0]
+    torch.testing.assert_close(box_mean(maps, side, padding), expected)

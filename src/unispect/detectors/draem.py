@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unispect.detectors.base import Group, ImageDetector, Pass, check_counts
 from unispect.errors import ConfigError
-from unispect.nn.maps import blurred, upsampled
+from unispect.nn.maps import blurred, box_mean, upsampled
 from unispect.nn.synthesis import turned_at_random, with_defects
 from unispect.nn.unet import Reconstruction, Segmentation
 from unispect.types import Features, Scores
@@ -141,7 +141,7 @@ class DRAEM(ImageDetector):
         of it in a square of 21 x 21 pixels; context is the narrow middle of the reconstruction network."""
         _, logits, middle = self.levels[0](features[0])
         probability = logits.softmax(1)[:, 1]
-        image = F.avg_pool2d(probability, AVERAGED, stride=1, padding=AVERAGED // 2).flatten(1).amax(1)
+        image = box_mean(probability, AVERAGED, AVERAGED // 2).flatten(1).amax(1)
         maps = blurred(upsampled(probability, self.map_side, aligned=False), self.sigma)
         return Scores(image, maps, context=middle)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from unispect.detectors.base import StatisticalDetector, check_counts, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
-from unispect.nn.maps import blurred, upsampled
+from unispect.nn.maps import magnified
 from unispect.types import Features, Scores
 
 
@@ -99,5 +99,5 @@ class PaDiM(StatisticalDetector):
             raise UnispectError("PaDiM has learnt nothing yet: call update and finish first, or load its state")
         offset = self.embed(features) - self.mean[:, None]
         distance = (offset @ self.whitening.mT).square().sum(2).sqrt().T.unflatten(1, self.grid)
-        maps = blurred(upsampled(distance, self.map_side, aligned=False), self.sigma)
+        maps = magnified(distance, self.map_side, self.sigma, aligned=False)
         return Scores(maps.flatten(1).amax(1), maps)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from unispect.detectors.base import StatisticalDetector, check_choices, check_counts, check_shares, largest_grid, with_places
 from unispect.errors import ConfigError, UnispectError
-from unispect.nn.maps import blurred, upsampled
+from unispect.nn.maps import magnified
 from unispect.nn.memory import Bank, Coreset, votes
+from unispect.nn.patches import patch_weights
 from unispect.types import Features, Scores
 
 CHOICES = {"distance": ("plain", "squared"), "reweighting": ("none", "softmax")}
@@ -111,9 +112,20 @@ class PatchCore(StatisticalDetector):
 
     def embed(self, features: Features) -> Tensor:
         """Vector of each patch, L levels (N, C, h, w) -> (N, h*w of the largest level, dimension)."""
+        if torch.compiler.is_exporting():
+            return self.convolved(features)
         # Pooling is over channels and resizing over places: they commute, and pooled maps are smaller to resize.
         maps = [self._resized(self._pooled(self._patches(features[number]))) for number in self.dense]
         return self._pooled(torch.cat(maps, 1)).flatten(2).mT
+
+    def convolved(self, features: Features) -> Tensor:
+        """The same by one convolution a level, for graphs: without windows side by side, which take longer."""
+        side, maps = self.neighbourhood, []
+        weights = patch_weights([self.shapes[number][0] for number in self.dense], side, self.dimension)
+        for number, (first, kernel) in zip(self.dense, weights, strict=True):
+            part = self._resized(F.conv2d(features[number], kernel.to(features[number]), padding=side // 2))
+            maps.append(F.pad(part, (0, 0, 0, 0, first, self.dimension - first - len(kernel))))
+        return torch.stack(maps).sum(0).flatten(2).mT
 
     def _patches(self, level: Tensor) -> Tensor:
         """Each place with its neighbourhood, zeros outside, (N, C, h, w) -> (N, C * neighbourhood^2, h, w)."""
@@ -143,6 +155,14 @@ class PatchCore(StatisticalDetector):
 
     # Scoring.
 
+    def quicken(self, channels: int = 96, candidates: int = 16) -> None:
+        """Have exported graphs look for neighbours among the nearest along so many main axes of the bank.
+
+        Of a bank of 20 000 vectors of eleven real products it misses the nearest for about one place in a thousand, whose
+        distance is then too large by 3 % at the most; docs/statistical.md has the figures.
+        """
+        self.bank.shorten(channels, candidates)
+
     @torch.no_grad()
     def forward(self, features: Features) -> Scores:
         """L levels (N, C, h, w) -> scores with maps (N, side, side)."""
@@ -160,12 +180,8 @@ class PatchCore(StatisticalDetector):
         if self.distance == "squared":
             distances = distances.square()
         score, closest = distances.mean(1).unflatten(0, patches.shape[:2]), places[:, 0].unflatten(0, patches.shape[:2])
-        maps = upsampled(score.unflatten(1, self.grid), self.map_side, aligned=False)
-        return (
-            self._image_score(score, closest, patches),
-            blurred(maps, self.sigma),
-            votes(self.bank.product, self.products, closest),
-        )
+        maps = magnified(score.unflatten(1, self.grid), self.map_side, self.sigma, aligned=False)
+        return self._image_score(score, closest, patches), maps, votes(self.bank.product, self.products, closest)
 
     def _image_score(self, score: Tensor, closest: Tensor, patches: Tensor) -> Tensor:
         """The highest patch score (N, h*w) -> (N,), under "softmax" less where the bank is dense."""

@@ -15,7 +15,7 @@ from unispect.detectors.base import StatisticalDetector, check_counts
 from unispect.errors import ConfigError, UnispectError
 from unispect.nn.buffers import Learnt
 from unispect.nn.maps import blurred, upsampled
-from unispect.nn.memory import nearest, votes
+from unispect.nn.memory import nearest, nearest_own, votes
 from unispect.types import Features, Scores
 
 
@@ -146,6 +146,10 @@ class SPADE(StatisticalDetector):
     def _gaps(self, number: int, level: Tensor, places: Tensor) -> Tensor:
         """Distance of each place to the nearest place of the image's neighbours (N, k), (N, C, h, w) -> (N, h, w)."""
         gallery = self.gallery.level(number)
+        if torch.compiler.is_exporting():
+            kept = gallery.index_select(0, places.flatten()).to(level).unflatten(0, (-1, places.shape[1]))
+            own: Tensor = nearest_own(level.flatten(2).mT, kept.permute(0, 1, 3, 4, 2).flatten(1, 3))
+            return own.reshape(-1, *level.shape[2:])
         gaps = level.new_empty(len(level), *level.shape[2:])
         for image, kept in enumerate(places):
             distances, _ = nearest(_vectors(level[image : image + 1]), _vectors(gallery[kept].to(level)))

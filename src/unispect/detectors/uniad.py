@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unispect.detectors.base import Group, ImageDetector, Pass, check_choices, check_counts
 from unispect.errors import ConfigError
 from unispect.nn.attention import EncoderLayer, QueryLayer, linear, neighbour_mask
-from unispect.nn.maps import blurred, upsampled
+from unispect.nn.maps import box_mean, magnified
 from unispect.nn.position import LearntPosition
 from unispect.types import Features, Scores
 
@@ -193,14 +193,14 @@ class UniAD(ImageDetector):
         tokens = self.tokens(features)
         memory = self.transformer.memory(tokens)
         maps = self._map((self.transformer.rebuilt(memory) - tokens).square())
-        image = F.avg_pool2d(maps[:, None], self.image, stride=1).flatten(1).amax(1)
+        image = box_mean(maps, self.image).flatten(1).amax(1)
         return Scores(image, maps, context=self._gridded(memory.mT))
 
     def _map(self, squared: Tensor) -> Tensor:
         """Squared errors (N, grid^2, C) -> (N, side, side)."""
         root = self.map == "root"
         errors = self._gridded(squared.sum(2).sqrt() if root else squared.mean(2))
-        return blurred(upsampled(errors, self.map_side, aligned=root), self.sigma)
+        return magnified(errors, self.map_side, self.sigma, aligned=root)
 
     def _gridded(self, values: Tensor) -> Tensor:
         """(..., grid^2) -> (..., grid, grid)."""

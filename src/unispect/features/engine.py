@@ -38,6 +38,11 @@ class Engine(ABC):
         """(N, 3, H, W) uint8 RGB -> L levels (N, C, h, w) float32."""
 
     @property
+    def network(self) -> nn.Module:
+        """What it computes as one module, (N, 3, H, W) uint8 RGB -> L levels (N, C, h, w), to be part of another graph."""
+        return self.extractor
+
+    @property
     def fingerprint(self) -> str:
         """Of the function computed. The engine is no part of it: engines agree, and so may share a cache."""
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.precision}".encode()).hexdigest()
@@ -55,6 +60,10 @@ class WithImage(Engine):
 
     def __call__(self, images: Tensor) -> Features:
         return [*self.inner(images), images.float() / 255]
+
+    @property
+    def network(self) -> nn.Module:
+        return _ThenImage(self.inner.network)
 
     @property
     def fingerprint(self) -> str:
@@ -203,6 +212,17 @@ def _traced(extractor: Extractor, height: int, width: int) -> Any:
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
         return torch.jit.trace(_Levels(extractor), image, check_trace=False)
+
+
+class _ThenImage(nn.Module):
+    """What another network gives and, as the last level, the image itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Features:
+        return [*self.inner(images), images.float() / 255]
 
 
 class _Levels(nn.Module):

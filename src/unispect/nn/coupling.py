@@ -115,7 +115,8 @@ class CouplingBlock(nn.Module):
             return self._product(kept, self.hidden.weight, self.hidden.bias)
         hidden = self._product(kept, self.hidden.weight[:, : self.kept])
         # The terms in turn, image after image, without a copy of them for each.
-        return (hidden.unflatten(0, (-1, term.shape[0])) + term).flatten(0, 1)
+        total: Tensor = hidden.unflatten(0, (-1, term.shape[0])) + term
+        return total.flatten(0, 1)
 
     def _scale_and_shift(self, kept: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-scale and shift of the moved half, each (n, C/2) or (N, C/2, h, w)."""
@@ -147,7 +148,7 @@ class CouplingBlock(nn.Module):
         return F.conv2d(x, matrix[:, :, None, None], offset) if self.kernel else F.linear(x, matrix, offset)
 
     def forward(self, x: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Vectors (n, C), their condition terms (p, H), in turn, -> (n, C) and the log-determinant (n,). n is a multiple of p.
+        """Vectors (n, C), their condition terms (p, H) in turn, p a divisor of n -> (n, C) and the log-determinant (n,).
 
         Maps (N, C, h, w) -> the same and the part of every place in the log-determinant, (N, h, w).
         """

@@ -13,6 +13,8 @@ from torch import Tensor
 
 def upsampled(maps: Tensor, side: int, aligned: bool = True) -> Tensor:
     """Bilinear, (N, h, w) -> (N, side, side). Published codes differ in whether corners are aligned."""
+    if torch.compiler.is_exporting():  # in a graph two small products are quicker
+        return maps if maps.shape[1:] == (side, side) else magnified(maps, side, 0.0, aligned)
     return F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=aligned)[:, 0]
 
 
@@ -48,6 +50,13 @@ def _growth(size: int, side: int, sigma: float, aligned: bool) -> np.ndarray:
 def _blur_matrix(side: int, sigma: float) -> np.ndarray:  # no tensor: one made while a graph is traced is none
     matrix: np.ndarray = gaussian_filter1d(np.eye(side), sigma, axis=0)
     return matrix
+
+
+def box_mean(maps: Tensor, side: int, padding: int = 0) -> Tensor:
+    """Mean of the square around each place, zeros beyond the edge, (N, h, w) -> (N, h', w')."""
+    # Rows, then columns: both at once would be many times as much work.
+    rows = F.avg_pool2d(maps[:, None], (side, 1), stride=1, padding=(padding, 0))
+    return F.avg_pool2d(rows, (1, side), stride=1, padding=(0, padding))[:, 0]
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unispect.errors import ConfigError, UnispectError, unknown_name
 from unispect.nn.ann import FaissIndex
 from unispect.nn.buffers import Learnt
+from unispect.nn.shortlist import Shortlist, lowest
 
 INDEXES = ("exact", "faiss")
 ACTIVE = 1024  # points among which the greedy picks before it looks at all again
@@ -237,12 +239,29 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, chunk: int = 1 << 22) -> 
     centre = bank.mean(0)
     shifted = bank - centre
     half, wanted = shifted.square().sum(1) / 2, min(k + SPARE, len(bank))
+    if torch.compiler.is_exporting():  # a graph is made of one part, and orders few numbers quickly
+        return _measured(queries, bank, lowest(F.linear(centre - queries, shifted, half), wanted), k)
     found = []
-    rows = max(1, chunk // max(len(bank), wanted * bank.shape[1]))
-    for part in (queries,) if torch.compiler.is_exporting() else queries.split(rows):  # a graph has one part
+    for part in queries.split(max(1, chunk // max(len(bank), wanted * bank.shape[1]))):
         product = torch.addmm(half, part - centre, shifted.T, alpha=-1)
         found.append(_measured(part, bank, product.topk(wanted, dim=1, largest=False).indices, k))
     return torch.cat([distances for distances, _ in found]), torch.cat([places for _, places in found])
+
+
+def nearest_own(queries: Tensor, banks: Tensor, chunk: int = 1 << 22) -> Tensor:
+    """Distance of each image's queries to the nearest of its own bank, (N, q, C), (N, m, C) -> (N, q). See `nearest`.
+
+    `chunk` bounds the numbers of one image held at once. It never looks at an image by itself, so a graph can have it.
+    """
+    shifted = banks - (centre := banks.mean(1, keepdim=True))
+    half, wanted = shifted.square().sum(2)[:, None] / 2, min(1 + SPARE, banks.shape[1])
+    start = banks.shape[1] * torch.arange(banks.shape[0], device=banks.device)[:, None, None]
+    found = []
+    for part in queries.split(max(1, chunk // max(banks.shape[1], wanted * banks.shape[2])), dim=1):
+        places = (half - (part - centre) @ shifted.mT).topk(wanted, dim=2, largest=False).indices
+        near = banks.flatten(0, 1).index_select(0, (places + start).flatten()).unflatten(0, (-1, *places.shape[1:]))
+        found.append(torch.linalg.vector_norm(part[:, :, None] - near, dim=3).amin(2))
+    return torch.cat(found, 1)
 
 
 def votes(owner: Tensor, products: int, places: Tensor) -> Tensor:
@@ -251,7 +270,7 @@ def votes(owner: Tensor, products: int, places: Tensor) -> Tensor:
     owner    (m,) product of each vector in the bank
     places   (N, k) of the nearest vectors
     """
-    counted = torch.nn.functional.one_hot(owner[places], products).sum(1).float() + 1
+    counted = F.one_hot(owner[places], products).sum(1).float() + 1
     return (counted / counted.sum(1, keepdim=True)).log()
 
 
@@ -285,7 +304,8 @@ def _measured(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tupl
 class Bank(Learnt):
     """Vectors to be compared with, and the product that each came from.
 
-    index   "exact": by matrix product; "faiss": candidates from a FAISS index (pip install unispect[faiss])
+    index   "exact": by matrix product; "faiss": candidates from a FAISS index (pip install unispect[faiss]). Exported
+            graphs have the exact search
     """
 
     vectors: Tensor
@@ -296,6 +316,8 @@ class Bank(Learnt):
         if index not in INDEXES:
             raise ConfigError(unknown_name("index", index, INDEXES))
         self.finder = FaissIndex() if index == "faiss" else None
+        self.shortlist: Shortlist | None = None
+        self.candidates = 0
         self.register_buffer("vectors", torch.zeros(0, channels))
         self.register_buffer("product", torch.zeros(0, dtype=torch.int64))
 
@@ -303,12 +325,21 @@ class Bank(Learnt):
         """Hold these vectors (m, C) and products (m,) from now on."""
         self.vectors = vectors.to(self.vectors)
         self.product = product.to(self.product)
+        self.shortlist = None
+
+    def shorten(self, channels: int, candidates: int) -> None:
+        """Have exported graphs measure so many candidates from so few channels; nothing else changes."""
+        if channels < self.vectors.shape[1]:
+            self.shortlist, self.candidates = Shortlist(self.vectors, channels), candidates
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Distances to the k nearest vectors, ascending, and their places, (n, C) -> (n, k), (n, k); k is at most m."""
         if not len(self.vectors):
             raise UnispectError("the bank is empty: learn before you search")
-        if self.finder is None:
+        if self.shortlist is not None and torch.compiler.is_exporting():
+            count = min(max(k + SPARE, self.candidates), len(self.vectors))
+            return _measured(queries, self.vectors, self.shortlist(queries, count), k)
+        if self.finder is None or torch.compiler.is_exporting():
             return nearest(queries, self.vectors, k)
         k = min(k, len(self.vectors))
         candidates = self.finder.candidates(self.vectors, queries, min(k + SPARE, len(self.vectors)))
