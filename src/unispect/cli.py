@@ -744,6 +744,7 @@ def export(
         Path | None, typer.Option("--check", help="Labelled images on which 8 bits are checked; else defects are planted.")
     ] = None,
     max_loss: Annotated[float, typer.Option(help="Image AUROC that 8 bits may cost.")] = 0.01,
+    quick: Annotated[bool, typer.Option("--quick", help="Search PatchCore's bank by a short list, which may err.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -755,7 +756,7 @@ def export(
 
     more = [] if images is None else [decode(path) for path in islice(images_below(images), COMPARED)]
     labelled = [] if check is None else [record for record in read_data(check) if record.split == "test"]
-    found = write(_loaded(model, None), out, to, overwrite, more, int8, labelled, max_loss)
+    found = write(_loaded(model, None), out, to, overwrite, more, int8, labelled, max_loss, quick)
     if as_json:
         _print_json(found.as_dict())
         return

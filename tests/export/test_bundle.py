@@ -170,6 +170,17 @@ def test_what_cannot_be(inspector: Inspector, exported: dict[str, Path], tmp_pat
         runtime.Inspector.load(exported["onnx"], hint="speed")
 
 
+def test_a_quick_way_only_where_there_is_one(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="method 'opca' has no quick way"):
+        export(inspector, tmp_path / "out", quick=True)
+    shared = {name: value for name, value in SMALL.items() if name != "opca"}
+    own = shared | {"method": "patchcore", "patchcore": {"max_bank_vectors": 200, "map_side": SIDE}}
+    fitted = Inspector.fit(products, own, cache=FeatureCache(tmp_path / "cache"))
+    found = export(fitted, tmp_path / "out", quick=True)
+    assert found.parity.worst < 0.5
+    assert json.loads((tmp_path / "out" / "about.json").read_text())["quick"]
+
+
 def test_half_precision_is_refused(inspector: Inspector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = inspector.config | {"features": inspector.config["features"] | {"precision": "bf16"}}
     monkeypatch.setattr(inspector, "config", config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +16,7 @@ import numpy as np
 
 from unispect.data.records import Record
 from unispect.decide.judge import Calibration
+from unispect.detectors.base import Quickens
 from unispect.errors import ExportError, unknown_name
 from unispect.export.onnx import onnx_model
 from unispect.export.openvino import openvino_model
@@ -60,6 +62,7 @@ def export(
     int8: bool = False,
     check: Sequence[Record] = (),
     max_loss: float = MOST,
+    quick: bool = False,
 ) -> Exported:
     """Write a model as a folder that `unispect.runtime` reads without torch.
 
@@ -68,6 +71,8 @@ def export(
     int8       convolutions in 8 bits, with thresholds of their own
     check      labelled images on which 8 bits may cost at most `max_loss` of image AUROC; without any, defects are planted
                into calibration images
+    quick      search a bank by a short list of candidates, which errs now and then (PatchCore): differences up to
+               `parity.QUICK` are allowed then
 
     Raises ExportError where the model cannot be one graph, or the graph disagrees with torch: then nothing is written.
     """
@@ -78,22 +83,32 @@ def export(
             f"features.precision={inspector.config['features']['precision']!r}: expected 'f32'; an exported graph has one "
             "precision for all of its parts, and only networks bear less"
         )
-    files = EXPORTERS[to](inspector, int8)
+    files = EXPORTERS[to](_quickened(inspector) if quick else inspector, int8)
     graph = network(files)
     found = Exported(compare(inspector, graph.whole, images), cost(inspector, graph, check) if int8 else None)
     if found.cost is None:
-        found.parity.check()
+        found.parity.check(quick)
     else:
         found.cost.check(max_loss)
     calibration = recalibrated(inspector, graph) if int8 else inspector.calibration
     beside = {
         "decision.json": _json(_decision(inspector, calibration)),
         "parity.json": _json(found.as_dict()),
-        "about.json": _json(_about(inspector, to, int8) | {"files": sorted(files)}),
+        "about.json": _json(_about(inspector, to, int8) | {"files": sorted(files), "quick": quick}),
         "card.md": inspector.card().encode(),
     }
     write_folder(Path(out), {**files, **beside}, overwrite, EXPORT)
     return found
+
+
+def _quickened(inspector: Inspector) -> Inspector:
+    """The same model, whose graph takes the quick way."""
+    if not isinstance(inspector.detector, Quickens):
+        raise ExportError(f"quick: method {inspector.config['method']!r} has no quick way to search: export it without")
+    other = copy(inspector)
+    other.detector = deepcopy(inspector.detector)
+    other.detector.quicken()
+    return other
 
 
 def _about(inspector: Inspector, to: str, int8: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from unispect.inspector import Inspector
 from unispect.runtime import BETWEEN, INPUT
 
 OPSET = 20
+LARGEST = 2**31  # bytes of a constant that is computed beforehand
 
 
 def onnx_model(inspector: Inspector, products: bool = False, int8: bool = False) -> bytes:
@@ -64,6 +65,10 @@ def _graph(part: nn.Module, example: Tensor, axes: Mapping[int, str], takes: str
             said = " ".join(str(error).split())[:300]
             raise ExportError(f"the model cannot be written as one graph: {type(error).__name__}: {said}") from error
     assert made is not None
+    from onnxscript.optimizer import optimize_ir
+
+    # What is known of all products is stacked once, here, and not in every run.
+    optimize_ir(made.model, input_size_limit=LARGEST, output_size_limit=LARGEST)
     model = made.model_proto
     for axis, name in axes.items():
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name

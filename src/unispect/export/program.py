@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from unispect.data.loader import Preparation
-from unispect.features.engine import WithImage
 from unispect.inspector import Inspector
 from unispect.runtime import NAMES
 from unispect.types import Features, Scores
@@ -100,9 +99,7 @@ class Judged(nn.Module):
 
     def __init__(self, inspector: Inspector) -> None:
         super().__init__()
-        self.size = inspector.preparation.size
-        self.with_image = isinstance(inspector.engine, WithImage)
-        self.extractor = inspector.engine.extractor
+        self.size, self.network = inspector.preparation.size, inspector.engine.network
         self.detector, self.aligner, self.novelty = inspector.detector, inspector.aligner, inspector.novelty
         with torch.no_grad():
             said = self._said(torch.zeros(2, 3, self.size, self.size))
@@ -113,12 +110,8 @@ class Judged(nn.Module):
         return tuple(value for value in self._said(prepared) if value is not None)
 
     def _said(self, prepared: Tensor) -> tuple[Tensor | None, ...]:
-        features = self._features(prepared)
+        features: Features = self.network(prepared)
         scores: Scores = self.detector(features)
         if self.aligner is not None:
             scores = self.aligner(features, scores)
         return scores.image, scores.maps, scores.products, self.novelty(features)
-
-    def _features(self, prepared: Tensor) -> Features:
-        levels: Features = self.extractor(prepared)
-        return [*levels, prepared / 255] if self.with_image else levels
