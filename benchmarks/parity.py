@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="*", default=sorted(METHODS), help="instead of all")
+    parser.add_argument("--aligners", nargs="*", default=["none", *ALIGNERS], help="instead of all")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = write_products(Path(folder) / "data", IMAGES, 1, 1, SIDE, products=PRODUCTS)
-        lines = [line for method in chosen.methods for line in rows(method, data, Path(folder))]
+        lines = [line for method in chosen.methods for line in rows(method, chosen.aligners, data, Path(folder))]
     about = environment()
     end = ["", f"Machine: {about['machine']}  ", f"Versions: {about['versions']}", ""]
     OUT.write_text("\n".join([*head(), *lines, *end]), "utf-8")
@@ -62,9 +63,9 @@ def head() -> list[str]:
     ]
 
 
-def rows(method: str, data: Path, folder: Path) -> Iterator[str]:
-    """Of a method, without an aligner and under each."""
-    for aligner in ("none", *ALIGNERS):
+def rows(method: str, aligners: Sequence[str], data: Path, folder: Path) -> Iterator[str]:
+    """Of a method under some aligners."""
+    for aligner in aligners:
         inspector = Inspector.fit(data, settings(method, aligner))
         for to in EXPORTERS:
             place, start = folder / f"{method}-{aligner}-{to}", time.perf_counter()
