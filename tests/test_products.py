@@ -103,7 +103,8 @@ def test_the_others_maps_stay_too(images: Path, cache: FeatureCache) -> None:
     records = [record for record in of(images, "gear") if record.split == "test"]
     for one, other in zip(scores(two, records), scores(three, records), strict=True):
         back = [
-            found.map * (model.judge.pixel_threshold - model.calibration.median) for found, model in ((one, two), (other, three))
+            found.map * (model.judge.pixel_threshold - model.calibration.median)
+            for found, model in ((one, two), (other, three))
         ]
         shifted = [part + model.calibration.median for part, model in zip(back, (two, three), strict=True)]
         np.testing.assert_allclose(*shifted, rtol=1e-4, atol=1e-4)
