@@ -7,6 +7,7 @@ Every number is the largest difference over calibration images and drawn ones, i
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ def head() -> list[str]:
     return [
         "# Exported models against torch",
         "",
-        "Command: `python benchmarks/parity.py`",
+        f"Command: `{' '.join(['python benchmarks/parity.py', *sys.argv[1:]])}`",
         "",
         "Largest difference between an exported model and eager torch over calibration images and drawn ones, alone "
         "and several at once. Of scores and novelty in standard deviations of calibration images, of maps in units of a "
