@@ -57,6 +57,11 @@ def write_folder(path: Path, files: Mapping[str, bytes], overwrite: bool = False
     return Path(path)
 
 
+def check_free(path: Path, overwrite: bool = False, kind: str = MODEL) -> None:
+    """Raises StoreError where `write_folder` would: to be asked before long work."""
+    _check_target(Path(os.path.realpath(path)), path, overwrite, kind)
+
+
 def read_model(path: Path, names: Sequence[str] | None = None, kind: str = MODEL) -> dict[str, bytes]:
     """The named files of a folder of this format, or all, after every file in it was found whole."""
     path = Path(path)

@@ -24,7 +24,7 @@ from unispect.export.parity import Parity, compare
 from unispect.export.quantised import Cost, cost, recalibrated
 from unispect.inspector import Inspector
 from unispect.runtime import network
-from unispect.store import EXPORT, write_folder
+from unispect.store import EXPORT, check_free, write_folder
 
 Files = dict[str, bytes]
 EXPORTERS: dict[str, Callable[[Inspector, bool], Files]] = {
@@ -83,6 +83,7 @@ def export(
             f"features.precision={inspector.config['features']['precision']!r}: expected 'f32'; an exported graph has one "
             "precision for all of its parts, and only networks bear less"
         )
+    check_free(Path(out), overwrite, EXPORT)
     files = EXPORTERS[to](_quickened(inspector) if quick else inspector, int8)
     graph = network(files)
     found = Exported(compare(inspector, graph.whole, images), cost(inspector, graph, check) if int8 else None)
