@@ -49,7 +49,7 @@ def measure(method: str, records: Sequence[Record], cache: FeatureCache, rounds:
     """Seconds an image without CADA, and those of CADA."""
     config = {"method": method, "aligner": "cada", "decision": {"false_alarm_rate": 0.05}} | METHODS[method]
     aligned = Inspector.fit(records, config, cache=cache)
-    parts = aligned.novelty, aligned.calibration, aligned.split, aligned.facts
+    parts = aligned.novelty, aligned.versions, aligned.split, aligned.facts
     plain = Inspector(aligned.config | {"aligner": "none"}, aligned.products, aligned.engine, aligned.detector, None, *parts)
     images = [decode(record.path) for record in records if record.split == "test"][:IMAGES]
     pairs = [look(aligned, plain, image) for _ in range(rounds) for image in images]

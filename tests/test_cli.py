@@ -229,7 +229,7 @@ def test_fit_tells_what_it_learnt(run: Run, place: Place, tmp_path: Path) -> Non
     assert result.code == 0
     assert "fabric, gear" in result.out
     assert "46 to learn from, 6 held out, 8 to calibrate" in result.out
-    assert "at most 20.00% false alarms" in result.out
+    assert "at most 20.00% of normal images raise an alarm" in result.out
     assert result.out.endswith(f"Model: {tmp_path / 'm'}\n")
     assert result.err == ""
     assert not (tmp_path / "m.work").exists()
@@ -459,8 +459,10 @@ def long(cache: Path) -> list[str]:
     return [*steps, "--false-alarm-rate", "0.2", "--cache", str(cache)]
 
 
-def learnt(model: Path) -> dict[str, bytes]:
-    return {name: (model / name).read_bytes() for name in ("weights.safetensors", "calibration.json")}
+def learnt(model: Path) -> list[object]:
+    """All but when it was learnt, and by which command."""
+    versions = json.loads((model / "calibration.json").read_bytes())
+    return [(model / "weights.safetensors").read_bytes(), *(version["calibration"] for version in versions)]
 
 
 # Runs the command line in a process that ends itself, with kill -9, right after the n-th call of a function.

@@ -130,7 +130,7 @@ def test_a_model_of_other_weights_is_an_error(inspector: Inspector, tmp_path: Pa
     facts = {**inspector.facts, "features": "0" * 64}
     other = Inspector(
         inspector.config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.novelty,
-        inspector.calibration, inspector.split, facts,
+        inspector.versions, inspector.split, facts,
     )  # fmt: skip
     other.save(tmp_path / "m")
     with pytest.raises(StoreError, match=r"not those it learnt with: see `unispect doctor`"):
@@ -201,7 +201,7 @@ def test_regions_lie_inside_the_image(inspector: Inspector, height: int, width: 
     config = inspector.config | {"preparation": inspector.config["preparation"] | {"fit": fit}}
     other = Inspector(
         config, inspector.products, inspector.engine, inspector.detector, inspector.aligner, inspector.novelty,
-        inspector.calibration, inspector.split, inspector.facts,
+        inspector.versions, inspector.split, inspector.facts,
     )  # fmt: skip
     finding = other.inspect(noise(height, width))
     assert isinstance(finding, Finding)

@@ -11,6 +11,7 @@ import csv
 import glob
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -104,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     """Without typer's own handling of errors, whose exit codes are others."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("unispect", arguments) as context:
+        with command.make_context("unispect", arguments, obj=shlex.join(["unispect", *arguments])) as context:
             command.invoke(context)
         code = DONE
     except typer.Exit as stop:
@@ -250,6 +251,7 @@ def check(
 
 @app.command()
 def fit(
+    context: typer.Context,
     data: Data,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the model.")],
     config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
@@ -294,6 +296,7 @@ def fit(
                 checkpoint=checkpoint,
                 strict=strict,
                 progress=bars,
+                command=context.obj,
             )
         inspector.save(out, overwrite)
     except KeyboardInterrupt:
@@ -370,10 +373,9 @@ def _tidy(checkpoint: Path) -> None:
 
 def _summary(inspector: Inspector, out: Path) -> str:
     """What was learnt from what, the promise, what was left out, and where the model is."""
-    from unispect.decide.conformal import band
+    from unispect.decide.promise import promise
 
-    split, history, rate = inspector.split, inspector.facts["history"], inspector.false_alarm_rate
-    low, high = band(len(inspector.calibration.scores), rate)
+    split, history = inspector.split, inspector.facts["history"]
     how = "found by clustering" if inspector.facts["clustered"] else "named in the data"
     lines = [
         f"Products ({how}): {', '.join(inspector.products)}",
@@ -381,8 +383,7 @@ def _summary(inspector: Inspector, out: Path) -> str:
         f"Passes over the training images: {passes}"
         if (passes := inspector.facts.get("passes"))
         else f"Kept steps, by level: {', '.join(map(str, history['kept']))} of {max(history['steps'], default=0)}",
-        f"Threshold: {inspector.threshold:.6g}, for at most {rate:.2%} false alarms; "
-        f"in 90 of 100 fits the long-run rate lies between {low:.2%} and {high:.2%}",
+        f"Threshold: {inspector.threshold:.6g}. Promise: {promise(inspector.judge)}",
     ]
     broken = inspector.facts["failures"]
     lines += [f"Left out, as they cannot be read: {len(broken)}", *(f"  {text}" for text in broken)] if broken else []

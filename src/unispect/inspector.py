@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from dataclasses import replace as renamed
+from dataclasses import replace as changed
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -28,9 +28,11 @@ from unispect.data.leak import Seen
 from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
 from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
-from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
-from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said
+from unispect.decide.conformal import needed, smallest_rate
+from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said, calibration_of, check_support
+from unispect.decide.promise import promise
 from unispect.decide.unknown import Novelty
+from unispect.decide.versions import Versions
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
 from unispect.errors import CalibrationError, ConfigError, DataError, ImageError, StoreError, unknown_name
@@ -186,17 +188,18 @@ class Inspector:
         detector: Detector,
         aligner: Aligner | None,
         novelty: Novelty,
-        calibration: Calibration,
+        versions: Versions,
         split: Split,
         facts: Mapping[str, Any],
     ) -> None:
-        self.config, self.products, self.split = dict(config), tuple(products), split
-        self.engine, self.detector, self.calibration = eyes, detector.eval(), calibration
+        self.versions, self.decision = versions, versions.current.decision
+        self.config = dict(config) | {"decision": self.decision.as_dict()}
+        self.products, self.split, self.calibration = tuple(products), split, versions.current.calibration
+        self.engine, self.detector = eyes, detector.eval()
         self.aligner, self.novelty = None if aligner is None else aligner.eval(), novelty.eval()
         self.preparation = construct(Preparation, config["preparation"], "preparation")
-        self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.facts = dict(facts)
-        self.judge = Judge(calibration, self.decision, self.products, self.preparation)
+        self.judge = Judge(self.calibration, self.decision, self.products, self.preparation)
         self.threshold, self.unknown_threshold = self.judge.threshold, self.judge.unknown_threshold
 
     @property
@@ -218,7 +221,13 @@ class Inspector:
     @property
     def seen(self) -> Seen:
         """The images it has learnt from, held out or was calibrated on: what `evaluate` must not be given again."""
-        return Seen.of(self.split, {content: bytes.fromhex(mark) for content, mark in self.facts["marks"].items()})
+        known = Seen.of(self.split, {content: bytes.fromhex(mark) for content, mark in self.facts["marks"].items()})
+        return known.with_also(self.versions.images)
+
+    @property
+    def learnt(self) -> frozenset[str]:
+        """Content hashes of the images it has learnt from: what it must not be calibrated on."""
+        return frozenset(self.split.hashes[record.path] for record in (*self.split.train, *self.split.held_out))
 
     @classmethod
     def fit(
@@ -230,6 +239,7 @@ class Inspector:
         checkpoint: Path | None = None,
         strict: bool = False,
         progress: Progress | None = None,
+        command: str = "Inspector.fit",
     ) -> Inspector:
         """Learn from the good training images of all products at once.
 
@@ -239,10 +249,11 @@ class Inspector:
         cache        where features are kept; the user's cache folder unless given
         checkpoint   file that makes the run go on where it was killed
         strict       the first broken image is an error instead of being left out
+        command      what is kept as what was run
 
         Raises DataError, ConfigError, CalibrationError (too few images for the promised rate) and WeightsError.
         """
-        return Fit(complete(config), cache or FeatureCache(), checkpoint, strict, progress).run(data)
+        return Fit(complete(config), cache or FeatureCache(), checkpoint, strict, progress).run(data, command)
 
     # Findings.
 
@@ -259,9 +270,27 @@ class Inspector:
         """
         yield from self._judged(records, False, given=self.takes_product)
 
+    def said(self, records: Sequence[Record], strict: bool = False) -> Iterator[tuple[Record, Said | Failure]]:
+        """What the model says of each record's image, undecided, in order, or what is wrong with its file."""
+        for record, said, _, _ in self._said(records, strict, given=False):
+            yield record, said
+
     def _judged(
         self, records: Sequence[Record], strict: bool, given: bool
     ) -> Iterator[tuple[Record, Finding | Failure, Finding | None]]:
+        for record, said, size, told in self._said(records, strict, given):
+            if isinstance(said, Failure):
+                yield record, said, None
+                continue
+            path = str(record.path)
+            found = self.judge.finding(path, said, size)
+            other = found if given and record.product in self.products else None
+            yield record, found, other if told is None else self.judge.finding(path, told, size)
+
+    def _said(
+        self, records: Sequence[Record], strict: bool, given: bool
+    ) -> Iterator[tuple[Record, Said | Failure, tuple[int, int], Said | None]]:
+        """With the size of each image and, where it differs, what is said when told the record's product."""
         loader = Loader(records, self.preparation, strict=strict)
         done, failed = 0, 0
         for batch in loader:
@@ -270,18 +299,14 @@ class Inspector:
             scores, novelty, told = self._scored(batch.images, names if given else None)
             for place, index in enumerate(chosen):
                 while done < index:
-                    yield records[done], loader.failures[failed], None
+                    yield records[done], loader.failures[failed], (0, 0), None
                     done, failed = done + 1, failed + 1
-                path, size = str(records[index].path), loader.sizes[index]
                 strange = float(novelty[place])
-                found = self._finding(path, scores, place, size, strange)
-                other = found if given and names[place] in self.products else None
-                if place in told:
-                    other = self._finding(path, *told[place], size, strange)
-                yield records[index], found, other
+                other = _said(*told[place], strange) if place in told else None
+                yield records[index], _said(scores, place, strange), loader.sizes[index], other
                 done = index + 1
         for missing in range(done, len(records)):
-            yield records[missing], loader.failures[failed + missing - done], None
+            yield records[missing], loader.failures[failed + missing - done], (0, 0), None
 
     def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
         """What is to be said of an image, or of several.
@@ -304,7 +329,7 @@ class Inspector:
         images = torch.from_numpy(self.preparation.image(array))[None]
         name = str(source) if isinstance(source, Path | str) else None
         scores, novelty, _ = self._scored(images)
-        return self._finding(name, scores, 0, (array.shape[1], array.shape[0]), float(novelty[0]))
+        return self.judge.finding(name, _said(scores, 0, float(novelty[0])), (array.shape[1], array.shape[0]))
 
     @torch.inference_mode()
     def _scored(
@@ -334,17 +359,6 @@ class Inspector:
         if isinstance(self.detector, TakesProduct):
             plain = self.detector.forward_given(features, numbers)
         return _aligned(self.aligner, features, plain)
-
-    def _finding(self, path: str | None, scores: Scores, place: int, size: tuple[int, int], novelty: float) -> Finding:
-        """Of one image among the scores of several."""
-        said = Said(
-            float(scores.image[place]),
-            scores.maps[place].numpy(),
-            None if scores.products is None else scores.products[place].numpy(),
-            novelty,
-            None if scores.unaligned is None else float(scores.unaligned[place]),
-        )
-        return self.judge.finding(path, said, size)
 
     # Looking inside.
 
@@ -386,7 +400,7 @@ class Inspector:
         files = {
             "config.toml": write_toml(self.config).encode(),
             "weights.safetensors": pack_tensors(_state(self.detector, self.aligner, self.novelty)),
-            "calibration.json": _json(self.calibration.as_dict()),
+            "calibration.json": _json(self.versions.as_list()),
             "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
             "card.md": self.card().encode(),
         }
@@ -417,18 +431,25 @@ class Inspector:
                 f"{path}: the weights are not those of method {config['method']!r} in this version of unispect: "
                 "the model was saved by another version, fit it again"
             ) from error
-        calibration = Calibration.from_dict(json.loads(files["calibration.json"]))
+        versions = Versions.from_list(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
-        return cls(config, about["products"], eyes, detector, aligner, novelty, calibration, split, about["facts"])
+        return cls(config, about["products"], eyes, detector, aligner, novelty, versions, split, about["facts"])
 
     def with_false_alarm_rate(self, rate: float) -> Inspector:
         """The same model under another promise; nothing is learnt anew.
 
         Raises CalibrationError where the calibration images cannot support it.
         """
-        config = merge(self.config, {"decision": {"false_alarm_rate": rate}})
+        decision = changed(self.decision, false_alarm_rate=rate, threshold=None)
+        return self.with_versions(self.versions.then("with_false_alarm_rate", f"false_alarm_rate={rate}", decision))
+
+    def with_versions(self, versions: Versions) -> Inspector:
+        """The same model, decided by the last of these versions; nothing is learnt anew.
+
+        Raises CalibrationError where its calibration images cannot support its promise.
+        """
         parts = self.engine, self.detector, self.aligner, self.novelty
-        return Inspector(config, self.products, *parts, self.calibration, self.split, self.facts)
+        return Inspector(self.config, self.products, *parts, versions, self.split, self.facts)
 
     def with_product(
         self,
@@ -454,7 +475,7 @@ class Inspector:
         if (name in self.products) != replace:
             why = "does not know it: add it without replace" if replace else "knows it already: replace it (--replace)"
             raise ConfigError(f"product {name!r}: the model {why}")
-        own = [renamed(record, product=name) for record in records if record.split == "train"]
+        own = [changed(record, product=name) for record in records if record.split == "train"]
         run = Fit(self.config, cache or FeatureCache(), None, strict, progress)
         part, new, split, facts = run.run_more(own, self.engine)
         if facts["shapes"] != self.facts["shapes"]:
@@ -466,15 +487,17 @@ class Inspector:
             detector.remove(self.products.index(name))
             novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
-        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine)
+        names = [*(other for other in self.products if other != name), name]
+        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine, names)
         old, scores, known = self._without(name) if replace else (self.split, self.calibration, self.facts)
         merged = _split_of(
             {role: getattr(old, role) + getattr(split, role) for role in ROLES}, {**old.hashes, **split.hashes}
         )
         about = known | {"failures": known["failures"] + notes["failures"], "marks": known["marks"] | notes["marks"]}
-        names = [other for other in self.products if other != name]
-        joined = scores.with_also(calibration)
-        return Inspector(self.config, [*names, name], self.engine, detector, None, novelty, joined, merged, about)
+        versions = self.versions.then(
+            "with_product", f"product {name} {'replaced' if replace else 'added'}", None, scores.with_also(calibration)
+        )
+        return Inspector(self.config, names, self.engine, detector, None, novelty, versions, merged, about)
 
     def without_product(self, name: str) -> Inspector:
         """The same model without a product, whose images and scores leave it, too.
@@ -493,7 +516,8 @@ class Inspector:
         assert isinstance(detector, Detector)
         split, calibration, facts = self._without(name)
         names = [known for known in self.products if known != name]
-        return Inspector(self.config, names, self.engine, detector, None, novelty, calibration, split, facts)
+        versions = self.versions.then("without_product", f"product {name} removed", None, calibration)
+        return Inspector(self.config, names, self.engine, detector, None, novelty, versions, split, facts)
 
     def _without(self, name: str) -> tuple[Split, Calibration, dict[str, Any]]:
         """The images, calibration scores and facts of all other products."""
@@ -532,8 +556,7 @@ class Inspector:
 
     def card(self) -> str:
         """What the model is, in words a person can file: data, settings, promise and limits."""
-        size, rate = len(self.calibration.scores), self.false_alarm_rate
-        low, high = band(size, rate)
+        size = len(self.calibration)
         kinds = "found by clustering: no product was named" if self.facts["clustered"] else "named in the data"
         lines = [
             f"# Model card: {self.config['method']} on {len(self.products)} product{'s' * (len(self.products) != 1)}",
@@ -543,10 +566,11 @@ class Inspector:
             f"stopping, {size} to calibrate the threshold. All were taken to be good.",
             f"- Backbone: {self.config['features']['backbone']}, {self.config['preparation']['size']} px, precision "
             f"{self.config['features']['precision']}; fingerprint {self.facts['features'][:16]}",
-            f"- Promise: at most {rate:.2%} of normal images raise an alarm, on average over calibration sets, as long as "
-            f"images are exchangeable with those it was calibrated on. With {size} calibration images the long-run rate "
-            f"lies between {low:.2%} and {high:.2%} in 90 of 100 fits.",
-            f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring.",
+            f"- Promise: {promise(self.judge)}",
+            f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring."
+            if self.decision.guarantee != "product" or self.decision.threshold is not None
+            else f"- A threshold for each product that the model recognises, {self.threshold:.6g} at the most. No product "
+            "label is used in scoring.",
             f"- Scores of products are brought to one scale by: {_alignment(self.config)}.",
             f"- Seed {self.config['seed']}; {_learning(self.facts)}",
             f"- A product it has never seen: {_strangers(self.unknown_threshold, float(self.decision.unknown_rate))}",
@@ -568,17 +592,20 @@ class Fit:
         self.failures: list[Failure] = []
         self.marks: dict[str, bytes] = {}
 
-    def run(self, data: Path | str | Sequence[Record]) -> Inspector:
+    def run(self, data: Path | str | Sequence[Record], command: str) -> Inspector:
         split = self.divided(data)
         self.check_promise(split)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
         novelty = _acquainted(seen_by["train"], len(names))
-        calibration = self._calibrate(detector, aligner, novelty, split, eyes)
+        calibration = self._calibrate(detector, aligner, novelty, split, eyes, names)
         self._check_calibration(calibration)
         about = facts | seen | self._notes()
-        return Inspector(self.config, names, eyes, detector, aligner, novelty, calibration, split, about)
+        decision = construct(DecisionSettings, self.config["decision"], "decision")
+        images = {split.hashes[record.path]: str(record.path) for record in split.calibration}
+        versions = Versions.first(decision, calibration, images, command, "fitted")
+        return Inspector(self.config, names, eyes, detector, aligner, novelty, versions, split, about)
 
     def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Novelty, Split, dict[str, Any]]:
         """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
@@ -587,10 +614,10 @@ class Fit:
         return detector.eval(), _acquainted(seen_by["train"], 1), split, facts
 
     def calibrate_more(
-        self, detector: Detector, novelty: Novelty, split: Split, eyes: Engine
+        self, detector: Detector, novelty: Novelty, split: Split, eyes: Engine, names: Sequence[str]
     ) -> tuple[Calibration, dict[str, Any]]:
         """Scores of the calibration images of a split, and what is to be noted of all images."""
-        return self._calibrate(detector, None, novelty, split, eyes), self._notes()
+        return self._calibrate(detector, None, novelty, split, eyes, names), self._notes()
 
     def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
         """The detector trained on a split, watched, and what the loop saw."""
@@ -688,9 +715,8 @@ class Fit:
 
     def check_promise(self, split: Split) -> None:
         """Raises CalibrationError where there are too few calibration images, before anything is learnt in vain."""
-        rate = self.config["decision"]["false_alarm_rate"]
-        if len(split.calibration) < needed(rate):
-            ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
+        decision = construct(DecisionSettings, self.config["decision"], "decision")
+        check_support([record.group for record in split.calibration], decision)
 
     def divided(self, data: Path | str | Sequence[Record]) -> Split:
         """The images by what each is for."""
@@ -699,8 +725,9 @@ class Fit:
         if not normal:
             raise DataError(f"data: {len(records)} images, none of them to learn from: expected good images in train/good")
         normal = self._present(normal)
-        shares = self.config["split"]
-        return split_normals(normal, shares["held_out"], shares["calibration"], self.config["seed"])
+        shares, seed = self.config["split"], self.config["seed"]
+        whole = self.config["decision"]["guarantee"] == "group"
+        return split_normals(normal, shares["held_out"], shares["calibration"], seed, whole_groups=whole)
 
     def _present(self, records: Sequence[Record]) -> list[Record]:
         """Records whose files are there; a missing one is named like any other that cannot be read."""
@@ -779,23 +806,23 @@ class Fit:
         return names, dict(zip(counts, parts, strict=True)), True
 
     def _calibrate(
-        self, detector: Detector, aligner: Aligner | None, novelty: Novelty, split: Split, eyes: Engine
+        self,
+        detector: Detector,
+        aligner: Aligner | None,
+        novelty: Novelty,
+        split: Split,
+        eyes: Engine,
+        names: Sequence[str],
     ) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
-        images: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        strange: list[float] = []
-        with torch.inference_mode():
-            for _, levels in features.batches(8):
-                scores = _aligned(aligner, levels, detector(levels))
-                images += scores.image.tolist()
-                peaks += scores.maps.flatten(1).amax(1).tolist()
-                medians += scores.maps.flatten(1).median(1).values.tolist()
-                strange += novelty(levels).tolist()
-        names = tuple(record.product for record in records)
-        numbers = {"scores": images, "peaks": peaks, "medians": medians, "novelty": strange}
-        return Calibration(**{name: np.array(values) for name, values in numbers.items()}, products=names)
+
+        def said() -> Iterator[Said]:
+            with torch.inference_mode():
+                for _, levels in features.batches(8):
+                    scores, novel = _aligned(aligner, levels, detector(levels)), novelty(levels)
+                    yield from (_said(scores, place, float(novel[place])) for place in range(len(novel)))
+
+        return calibration_of(said(), records, names)
 
     def _check_calibration(self, calibration: Calibration) -> None:
         rate, count = self.config["decision"]["false_alarm_rate"], len(calibration.scores)
@@ -875,6 +902,17 @@ def _fill(detector: Detector, aligner: Aligner | None, novelty: Novelty, state: 
     detector.load_state_dict({name: value for name, value in state.items() if not name.startswith(BESIDE)})
     own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}
     _beside(aligner, novelty).load_state_dict(own)
+
+
+def _said(scores: Scores, place: int, novelty: float) -> Said:
+    """Of one image among the scores of several."""
+    return Said(
+        float(scores.image[place]),
+        scores.maps[place].numpy(),
+        None if scores.products is None else scores.products[place].numpy(),
+        novelty,
+        None if scores.unaligned is None else float(scores.unaligned[place]),
+    )
 
 
 def _evenly(data: Labelled, most: int) -> Labelled:

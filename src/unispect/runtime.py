@@ -26,7 +26,8 @@ from PIL import Image
 from unispect.data.folder import images_below
 from unispect.data.loader import Failure, Preparation, ahead, decode
 from unispect.data.records import Record
-from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said
+from unispect.decide.judge import Judge, Said
+from unispect.decide.versions import Versions
 from unispect.errors import ConfigError, ImageError, MissingExtraError, StoreError, unknown_name
 from unispect.store import EXPORT, read_model
 from unispect.types import Finding
@@ -171,8 +172,10 @@ class Inspector:
         self._decision = dict(decision)
         self.products = tuple(decision["products"])
         self.preparation = Preparation(**decision["preparation"])
-        self.calibration = Calibration.from_dict(decision["calibration"])
-        self.judge = Judge(self.calibration, DecisionSettings(**decision["decision"]), self.products, self.preparation)
+        self.learnt = frozenset(decision["learnt"])
+        self.versions = Versions.from_list(decision["versions"])
+        self.calibration, self.decision = self.versions.current.calibration, self.versions.current.decision
+        self.judge = Judge(self.calibration, self.decision, self.products, self.preparation)
         self.threshold = self.judge.threshold
 
     @classmethod
@@ -209,9 +212,15 @@ class Inspector:
 
         Raises CalibrationError where the calibration images cannot support it.
         """
-        settings = replace(self.judge.decision, false_alarm_rate=rate)
-        decision = {name: getattr(settings, name) for name in DecisionSettings.__slots__}
-        return Inspector(self.network, self._decision | {"decision": decision}, self.about, self.threads)
+        decision = replace(self.decision, false_alarm_rate=rate, threshold=None)
+        return self.with_versions(self.versions.then("with_false_alarm_rate", f"false_alarm_rate={rate}", decision))
+
+    def with_versions(self, versions: Versions) -> Inspector:
+        """The same model, decided by the last of these versions.
+
+        Raises CalibrationError where its calibration images cannot support its promise.
+        """
+        return Inspector(self.network, self._decision | {"versions": versions.as_list()}, self.about, self.threads)
 
     def inspect(self, source: Source | Sequence[Source]) -> Finding | list[Finding]:
         """What is to be said of an image, or of several.
@@ -229,13 +238,27 @@ class Inspector:
 
     def findings(self, records: Sequence[Record], strict: bool = False) -> Iterator[tuple[Record, Finding | Failure]]:
         """A finding for each record, in order, or what is wrong with its file. Reads the path of a record only."""
-        for record, found in zip(records, self._ahead(self._tried, (record.path for record in records)), strict=True):
-            if isinstance(found, ImageError):
-                if strict:
-                    raise found
-                yield record, Failure.of(record.path, found)
-            else:
-                yield record, found
+        return self._each(self._one, records, strict)
+
+    def said(self, records: Sequence[Record], strict: bool = False) -> Iterator[tuple[Record, Said | Failure]]:
+        """What the model says of each record's image, undecided, in order, or what is wrong with its file."""
+        return self._each(lambda path: self._said(decode(path)), records, strict)
+
+    def _each(
+        self, function: Callable[[Path], Any], records: Sequence[Record], strict: bool
+    ) -> Iterator[tuple[Record, Any | Failure]]:
+        """What a function gives for each record's file, in order."""
+
+        def tried(path: Path) -> Any:
+            try:
+                return function(path)
+            except ImageError as error:
+                return error
+
+        for record, found in zip(records, self._ahead(tried, (record.path for record in records)), strict=True):
+            if isinstance(found, ImageError) and strict:
+                raise found
+            yield record, Failure.of(record.path, found) if isinstance(found, ImageError) else found
 
     def _all(self, sources: Any) -> Iterator[Finding]:
         return self._ahead(self._one, sources)
@@ -243,24 +266,20 @@ class Inspector:
     def _ahead(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
         return ahead(function, items, self.threads + 1, 4 * self.threads + 4)
 
-    def _tried(self, path: Path) -> Finding | ImageError:
-        try:
-            return self._one(path)
-        except ImageError as error:
-            return error
-
     def _one(self, source: Source) -> Finding:
         array = decode(Path(source) if isinstance(source, str) else source)
-        outputs = self.network.prepared(self.preparation.image(array))
         name = str(source) if isinstance(source, Path | str) else None
-        return self._judged(name, outputs, (array.shape[1], array.shape[0]))
+        return self.judge.finding(name, self._said(array), (array.shape[1], array.shape[0]))
 
-    def _judged(self, name: str | None, outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> Finding:
-        """The finding on the one image that was asked about."""
-        products = outputs.get("product")
-        known = None if products is None else products[0]
-        said = Said(float(outputs["score"][0]), outputs["map"][0], known, float(outputs["novelty"][0]))
-        return self.judge.finding(name, said, size)
+    def _said(self, array: np.ndarray) -> Said:
+        return said_of(self.network.prepared(self.preparation.image(array)))
+
+
+def said_of(outputs: Mapping[str, np.ndarray]) -> Said:
+    """What a graph says of the first of its images."""
+    products = outputs.get("product")
+    known = None if products is None else products[0]
+    return Said(float(outputs["score"][0]), outputs["map"][0], known, float(outputs["novelty"][0]))
 
 
 def _cores() -> int:

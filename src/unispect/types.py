@@ -81,6 +81,9 @@ class Finding:
     unknown   whether it shows a product that the model has never seen: it resembles none, `product` is None, and neither
               score nor decision is to be relied on
     unknown_p_value   share of normal images of known products that resemble one as little
+    nearest   name of the known product that comes nearest, be it near or not; None where the model knows no names
+    peak, median      the highest and the median place of the map in the detector's own units, and
+    novelty           how unlike every known product the image is: what a log must hold for thresholds to be set from it
     """
 
     path: str | None
@@ -97,6 +100,10 @@ class Finding:
     unaligned: float | None = None
     unknown: bool = False
     unknown_p_value: float = 1.0
+    nearest: str | None = None
+    peak: float = 0.0
+    median: float = 0.0
+    novelty: float = 0.0
 
     @property
     def verdict(self) -> str:

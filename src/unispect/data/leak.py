@@ -36,6 +36,11 @@ class Seen:
         }
         return cls(origins, {origins[content]: mark for content, mark in fingerprints.items() if content in origins})
 
+    def with_also(self, calibrated: Mapping[str, str]) -> Seen:
+        """These and images that it was calibrated on later, content hash -> path."""
+        later = {content: ("calibration", path) for content, path in calibrated.items()}
+        return Seen(later | dict(self.contents), self.fingerprints)
+
     def refuse(self, records: Sequence[Record]) -> list[str]:
         """Warnings about test images that are nearly the same as one that was seen.
 

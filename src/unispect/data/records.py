@@ -108,6 +108,7 @@ def split_normals(
     calibration: float,
     seed: int,
     hashes: Mapping[Path, str] | None = None,
+    whole_groups: bool = False,
 ) -> Split:
     """Divide normal training images into train, held-out and calibration.
 
@@ -121,13 +122,14 @@ def split_normals(
     records                 label 0 or None, split "train"
     held_out, calibration   fractions of the units of each product
     hashes                  content hashes known already; the others are read from the files
+    whole_groups            a group that has images of several products stays together, too: all are divided as one product
     """
     _check_fractions(held_out, calibration)
     _check_normal(records)
     known = dict(hashes or {})
     known |= {record.path: content_hash(record.path) for record in records if record.path not in known}
     roles: dict[Path, str] = {}
-    for of_product in _by_product(records):
+    for of_product in [list(records)] if whole_groups else _by_product(records):
         roles |= _roles(_units(of_product, known), held_out, calibration, seed)
     train, kept, judged = (tuple(record for record in records if roles[record.path] == role) for role in ROLES)
     return Split(train, kept, judged, {record.path: known[record.path] for record in records})

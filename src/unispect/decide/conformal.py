@@ -35,7 +35,7 @@ def smallest_rate(n: int) -> float:
 
 def needed(false_alarm_rate: float) -> int:
     """How many calibration images a false-alarm rate needs at least: the smallest n with 1 / (n + 1) <= rate."""
-    _check_rate(false_alarm_rate)
+    check_rate(false_alarm_rate)
     count = floor(1 / Fraction(false_alarm_rate))
     return count - 1 if 1 / count <= false_alarm_rate else count
 
@@ -103,7 +103,7 @@ class ConformalRule:
 
 def _rank(n: int, rate: float) -> int:
     """k = ceil((n + 1)(1 - rate)), the place of the threshold among n ascending scores, counted from 1."""
-    _check_rate(rate)
+    check_rate(rate)
     above = round(rate * (n + 1))
     if above / (n + 1) > rate:
         above -= 1
@@ -115,16 +115,18 @@ def _rank(n: int, rate: float) -> int:
 def _too_few(n: int, rate: float) -> str:
     images = "1 calibration image" if n == 1 else f"{n} calibration images"
     text = f"{images} cannot support false_alarm_rate={rate}: at least {needed(rate)} are needed"
-    return f"{text}, or false_alarm_rate >= {_smallest_rate_text(n)}" if n else text
+    return f"{text}, or false_alarm_rate >= {advised_rate(n)}" if n else text
 
 
-def _smallest_rate_text(n: int) -> str:
+def advised_rate(n: int) -> str:
+    """The lowest rate that n calibration images or groups can support, for people."""
     # Rounded up, so that the rate that is advised does work: 1 / 11 reads 0.09091.
     shown = Context(prec=4, rounding=ROUND_CEILING).divide(1, n + 1)
     return f"{shown.normalize():f}"
 
 
-def _check_rate(rate: float) -> None:
+def check_rate(rate: float) -> None:
+    """Raises ConfigError where a false-alarm rate is none."""
     if not 0 < rate < 1:
         raise ConfigError(f"false_alarm_rate={rate}: expected a number between 0 and 1, such as 0.01")
 

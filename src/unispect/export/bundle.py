@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unispect.data.records import Record
-from unispect.decide.judge import Calibration
+from unispect.decide.versions import Versions
 from unispect.detectors.base import Quickens
 from unispect.errors import ExportError, unknown_name
 from unispect.export.onnx import onnx_model
@@ -91,9 +91,11 @@ def export(
         found.parity.check(quick)
     else:
         found.cost.check(max_loss)
-    calibration = recalibrated(inspector, graph) if int8 else inspector.calibration
+    versions = inspector.versions
+    if int8:
+        versions = versions.then("export", "scores of 8 bits", calibration=recalibrated(inspector, graph))
     beside = {
-        "decision.json": _json(_decision(inspector, calibration)),
+        "decision.json": _json(_decision(inspector, versions)),
         "parity.json": _json(found.as_dict()),
         "about.json": _json(_about(inspector, to, int8) | {"files": sorted(files), "quick": quick}),
         "card.md": inspector.card().encode(),
@@ -128,13 +130,13 @@ def _about(inspector: Inspector, to: str, int8: bool) -> dict[str, Any]:
     }
 
 
-def _decision(inspector: Inspector, calibration: Calibration) -> dict[str, Any]:
+def _decision(inspector: Inspector, versions: Versions) -> dict[str, Any]:
     """All that turns scores into findings. It may change while the graph stays."""
     return {
         "products": list(inspector.products),
         "preparation": asdict(inspector.preparation),
-        "decision": asdict(inspector.decision),
-        "calibration": calibration.as_dict(),
+        "versions": versions.as_list(),
+        "learnt": sorted(inspector.learnt),
     }
 
 

@@ -21,13 +21,13 @@ import torch
 
 from unispect.data.loader import decode
 from unispect.data.records import Record
-from unispect.decide.judge import Calibration
+from unispect.decide.judge import Calibration, calibration_of
 from unispect.errors import ExportError, ImageError, MissingExtraError
 from unispect.export.program import Judged
 from unispect.inspector import Inspector
 from unispect.metrics.ranking import auroc
 from unispect.nn.synthesis import with_defects
-from unispect.runtime import BETWEEN, Network
+from unispect.runtime import BETWEEN, Network, said_of
 
 RANGED, PLANTED = 128, 64  # images for the ranges; good images for the check, each also with a planted defect
 
@@ -115,24 +115,25 @@ def cost(inspector: Inspector, graph: Network, labelled: Sequence[Record] = ()) 
 def recalibrated(inspector: Inspector, graph: Network) -> Calibration:
     """What the quantised graph says of the calibration images, by which it decides.
 
-    Raises ExportError where one of them is gone: thresholds of other scores would promise nothing.
+    Raises ExportError where one of them is gone, or the model decides by others since: thresholds of other scores would
+    promise nothing.
     """
-    records = inspector.split.calibration
-    said = []
-    for record in records:
+    if set(inspector.versions.images) - {inspector.split.hashes[record.path] for record in inspector.split.calibration}:
+        raise ExportError(
+            "8 bits need thresholds of their own, and this model was calibrated anew, on other images than it was fitted "
+            "with: export the model as it was fitted, then calibrate the export"
+        )
+    records, said = [], []
+    for record in inspector.split.calibration:
         try:
-            said.append(graph.prepared(inspector.preparation.image(decode(record.path))))
+            prepared = graph.prepared(inspector.preparation.image(decode(record.path)))
         except ImageError as error:
             if record.path.is_file():
                 continue  # it could not be read when the model was learnt, either
             raise ExportError(f"8 bits need thresholds of their own, and a calibration image is gone: {error}") from error
-    return Calibration(
-        scores=np.array([one["score"][0] for one in said], np.float64),
-        peaks=np.array([one["map"].max() for one in said], np.float64),
-        medians=np.array([np.median(one["map"]) for one in said], np.float64),
-        novelty=np.array([one["novelty"][0] for one in said], np.float64),
-        products=inspector.calibration.products,
-    )
+        said.append(said_of(prepared))
+        records.append(record)
+    return calibration_of(said, records, inspector.products)
 
 
 class _Reader:
