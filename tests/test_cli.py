@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -639,3 +640,113 @@ def test_watch_and_stream(run: Run, exported: Path, images: Path, tmp_path: Path
 def test_methods_say_what_can_be_exported(run: Run) -> None:
     assert "exported to: onnx, openvino" in run("methods").out
     assert json.loads(run("methods", "--json").out)["hgad"]["exported_to"] == ["onnx", "openvino"]
+
+
+# calibrate, feedback
+
+
+@pytest.fixture
+def copied(place: Place, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place.model, tmp_path / "copied"))
+
+
+def fresh(folder: Path, count: int = 20) -> Path:
+    return write_products(folder, train=count // 2, good=4, bad=4, size=64, seed=9, products=["fabric", "gear"])
+
+
+def test_calibrate_changes_thresholds_in_place_and_takes_them_back(run: Run, copied: Path, tmp_path: Path) -> None:
+    before = Inspector.load(copied)
+    result = run("calibrate", copied, fresh(tmp_path / "new"), "--false-alarm-rate", "0.1")
+    assert result.code == 0
+    assert "Version 2: calibrated on 20 images" in result.out
+    assert "at most 10.00% of normal images raise an alarm" in result.out
+    after = Inspector.load(copied)
+    assert (len(after.calibration), after.false_alarm_rate) == (20, 0.1)
+    assert after.versions.current.command.startswith(f"unispect calibrate {copied}")
+    assert after.learnt == before.learnt
+    assert run("calibrate", copied, "--undo").code == 0
+    assert Inspector.load(copied).threshold == before.threshold
+    listed = run("calibrate", copied, "--versions", "--json")
+    assert [row["reason"] for row in json.loads(listed.out)] == [
+        "fitted",
+        "calibrated on 20 images",
+        "undo: as version 1 again",
+    ]
+    assert "unispect fit" in run("calibrate", copied, "--versions").out
+
+
+def test_calibrate_by_cost_and_by_a_fixed_score(run: Run, copied: Path, tmp_path: Path) -> None:
+    data = write_products(tmp_path / "new", train=1, good=12, bad=4, size=64, seed=9, products=["fabric", "gear"])
+    given = ["--labelled", data, "--cost-miss", "50", "--cost-false-alarm", "1", "--defect-rate", "0.05"]
+    result = run("calibrate", copied, *given, "--json", "-o", tmp_path / "cheap")
+    assert result.code == 0
+    told = json.loads(result.out)
+    assert told["point"]["low"] <= told["point"]["threshold"] <= told["point"]["high"]
+    assert Inspector.load(tmp_path / "cheap").threshold == told["point"]["threshold"] == told["after"]["threshold"]
+    leak = run("evaluate", tmp_path / "cheap", data)
+    assert leak.code == 2
+    assert "calibration image" in leak.err
+    assert run("calibrate", copied, "--threshold", "1.25").code == 0
+    assert Inspector.load(copied).threshold == 1.25
+    assert run("calibrate", copied, "--false-alarm-rate", "0.2").code == 0
+    assert Inspector.load(copied).threshold != 1.25
+
+
+def test_feedback_shows_first_and_changes_when_told(run: Run, copied: Path, tmp_path: Path) -> None:
+    data = fresh(tmp_path / "new", 40)
+    found = run("inspect", copied, data, "--json")
+    (tmp_path / "log.jsonl").write_text(found.out)
+    rows = [json.loads(line) for line in found.out.splitlines()]
+    alarms = [row["path"] for row in rows if row["anomalous"]]
+    bad = [row["path"] for row in rows if "/test/" in row["path"] and "/good/" not in row["path"]]
+    verdicts = tmp_path / "verdicts.jsonl"
+    assert run("feedback", verdicts, *bad, "--defective", "--by", "eve").code == 0
+    assert run("feedback", verdicts, *(path for path in alarms if path not in bad), "--good").code in (0, 2)
+    given = ["calibrate", copied, "--history", tmp_path / "log.jsonl", "--feedback", verdicts]
+    untouched = (copied / "calibration.json").read_bytes()
+    shown = run(*given)
+    assert shown.code == 0
+    assert f"On {len(rows)} findings: alarms {len(alarms)} -> " in shown.out
+    assert "look at it, then pass --apply" in shown.err
+    assert (copied / "calibration.json").read_bytes() == untouched
+    assert run(*given, "--apply").code == 0
+    assert len(Inspector.load(copied).calibration) == len(rows) - len(bad)
+    assert "defective" in run("feedback", verdicts).out
+    assert len(json.loads(run("feedback", verdicts, "--json").out)) >= len(bad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "nothing to do: expected DATA"),
+        (["--undo"], "as it was fitted"),
+        (["--undo", "--versions"], "--undo and --versions: choose one"),
+        (["--feedback", "x"], "expected --history with them"),
+        (["--history", "nowhere"], "nowhere: no such file or folder"),
+        (["--guarantee", "group"], "no calibration image has a group"),
+        (["--false-alarm-rate", "0.001"], "at least 999 are needed"),
+        (["--labelled", "."], "no image found"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_and_changes_nothing(
+    run: Run, place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (place.model / "calibration.json").read_bytes()
+    result = run("calibrate", place.model, *arguments)
+    assert result.code == 2
+    assert text in result.err
+    assert result.out == ""
+    assert (place.model / "calibration.json").read_bytes() == before
+
+
+def test_feedback_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    for arguments, text in [
+        (["a.png"], "got no verdict, expected --good, --defective or --withdraw"),
+        (["a.png", "--good", "--defective"], "got good and defective"),
+        (["--good"], "--good: expected the images it is said of"),
+        ([], "no such file: expected a log"),
+    ]:
+        result = run("feedback", tmp_path / "log", *arguments)
+        assert result.code == 2
+        assert text in result.err

@@ -29,6 +29,7 @@ from rich.progress import Progress, TaskID
 from unispect.errors import ConfigError, DataError, ImageError, StoreError, UnispectError, unknown_name
 
 if TYPE_CHECKING:
+    from unispect.calibrate import Change
     from unispect.data.loader import Failure
     from unispect.data.records import Record
     from unispect.inspector import Inspector
@@ -693,6 +694,169 @@ def _loaded_to_inspect(model: Path, false_alarm_rate: float | None) -> Inspector
 
     exported = Runtime.load(model)
     return exported if false_alarm_rate is None else exported.with_false_alarm_rate(false_alarm_rate)
+
+
+# calibrate, feedback
+
+
+@app.command()
+def calibrate(
+    context: typer.Context,
+    model: AnyModel,
+    data: Annotated[Path | None, typer.Argument(help="Good images that the model has not seen, as for fit.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="To the present calibration images, not in their place.")] = False,
+    false_alarm_rate: Rate = None,
+    guarantee: Annotated[str | None, typer.Option("--guarantee", help="For whom: image, group or product.")] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="A fixed score instead of a rate.")] = None,
+    labelled: Annotated[
+        Path | None, typer.Option("--labelled", help="Good and defective images, to find the cheapest threshold on.")
+    ] = None,
+    cost_miss: Annotated[float, typer.Option(help="With --labelled: of a defective part that goes through.")] = 0.0,
+    cost_false_alarm: Annotated[float, typer.Option(help="With --labelled: of a good part that is stopped.")] = 1.0,
+    defect_rate: Annotated[float, typer.Option(help="With --labelled: share of parts that are defective.")] = 0.01,
+    history: Annotated[
+        str | None, typer.Option("--history", help="Findings of the line: a log, a folder of `watch`, or - for stdin.")
+    ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option("--feedback", help="With --history: what people said, a log of `unispect feedback`.")
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="With --history: change the model, not only show it.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Go back to what decided before.")] = False,
+    versions: Annotated[bool, typer.Option("--versions", help="List what has decided so far, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the changed model; in place if not given.")
+    ] = None,
+    dataset: Dataset = None,
+    partial: Partial = False,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Set thresholds anew without learning anew: from DATA, another promise, costs, or what people said of findings."""
+    from unispect.calibrate import keep
+
+    _check_one({"DATA": data, "--labelled": labelled, "--history": history, "--undo": undo, "--versions": versions})
+    if feedback is not None and history is None:
+        raise ConfigError("--feedback: says what findings were, expected --history with them")
+    if out is not None:
+        _check_free(out, overwrite=False)
+    inspector = _loaded_to_inspect(model, None)
+    if versions:
+        _show_versions(inspector, as_json)
+        return
+    changes = {"false_alarm_rate": false_alarm_rate, "guarantee": guarantee, "threshold": threshold}
+    asked = _Asked({name: value for name, value in changes.items() if value is not None}, add, strict, context.obj)
+    costs = (cost_miss, cost_false_alarm, defect_rate)
+    change = asked.change(inspector, data, labelled, costs, history, feedback, undo, (dataset, partial))
+    _print_json(change.as_dict()) if as_json else print(change.text())
+    if dry_run or (history is not None and not apply):
+        _say("Nothing was changed: " + ("--dry-run" if dry_run else "look at it, then pass --apply"))
+        return
+    _say(f"Model: {keep(change, model, out)}")
+
+
+def _check_one(given: dict[str, object]) -> None:
+    """At most one way to decide anew."""
+    named = [name for name, value in given.items() if value]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)}: choose one; the second can follow in a command of its own")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What to decide anew by."""
+
+    changes: dict[str, Any]
+    add: bool
+    strict: bool
+    command: str
+
+    def change(
+        self,
+        inspector: Inspector | Runtime,
+        data: Path | None,
+        labelled: Path | None,
+        costs: tuple[float, float, float],
+        history: str | None,
+        feedback: Path | None,
+        undo: bool,
+        dataset: tuple[str | None, bool],
+    ) -> Change[Any]:
+        from unispect.calibrate import cheaper, recalibrated, reconsidered, redecided, undone
+        from unispect.data.datasets import read_data
+        from unispect.decide.operating import Costs
+        from unispect.feedback import truths
+        from unispect.findings import Place, read_findings
+
+        if undo:
+            return undone(inspector, self.command)
+        if labelled is not None:
+            return cheaper(inspector, read_data(labelled, *dataset), Costs(*costs), self.strict, self.command)
+        if history is not None:
+            log = sys.stdin if history == "-" else Path(history)
+            rows = (row for _, row in read_findings(log, Place()))
+            known = {} if feedback is None else truths(feedback)
+            return reconsidered(inspector, rows, known, self.changes, self.add, self.command)
+        if data is not None:
+            records = read_data(data, *dataset)
+            return recalibrated(inspector, records, self.changes, self.add, self.strict, self.command)
+        if not self.changes:
+            raise ConfigError(
+                "calibrate: nothing to do: expected DATA, --false-alarm-rate, --guarantee, --threshold, --labelled, "
+                "--history, --undo or --versions"
+            )
+        return redecided(inspector, self.changes, self.command)
+
+
+def _show_versions(inspector: Inspector | Runtime, as_json: bool) -> None:
+    from unispect.decide.judge import Judge
+
+    rows = []
+    for version in inspector.versions.all:
+        judge = Judge(version.calibration, version.decision, inspector.products, inspector.preparation)
+        about = {"version": version.number, "made": version.made, "reason": version.reason, "command": version.command}
+        decided = {"threshold": judge.threshold, "images": len(version.calibration), "new_images": dict(version.images)}
+        rows.append(about | {"decision": version.decision.as_dict()} | decided)
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        print(f"{row['version']}  {row['made']}  threshold {row['threshold']:.6g}  {row['images']} images  {row['reason']}")
+        print(f"   {row['command']}")
+
+
+@app.command()
+def feedback(
+    log: Annotated[Path, typer.Argument(help="File that verdicts are added to, one a line.")],
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Images, named as in their findings; none: list the log.")
+    ] = None,
+    good: Annotated[bool, typer.Option("--good", help="The part was good: a false alarm, if there was one.")] = False,
+    defective: Annotated[bool, typer.Option("--defective", help="The part was defective: a miss, if none.")] = False,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take back what was said.")] = False,
+    by: Annotated[str | None, typer.Option("--by", help="Who says so.")] = None,
+    note: Annotated[str | None, typer.Option("--note", help="Why.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Note what inspected parts turned out to be, for `unispect calibrate --feedback`."""
+    from unispect.feedback import append, verdicts
+
+    said = [name for name, value in {"good": good, "defective": defective, "withdraw": withdraw}.items() if value]
+    if paths:
+        if len(said) != 1:
+            raise ConfigError(
+                f"feedback: got {' and '.join(said) or 'no verdict'}, expected --good, --defective or --withdraw"
+            )
+        append(log, paths, None if withdraw else said[0], by, note)
+        return
+    if said:
+        raise ConfigError(f"--{said[0]}: expected the images it is said of")
+    known = list(verdicts(log))
+    if as_json:
+        _print_json([verdict.as_dict() for verdict in known])
+        return
+    for one in known:
+        print("  ".join(part for part in (one.made, one.truth or "withdrawn", one.path, one.by, one.note) if part))
 
 
 # watch, stream

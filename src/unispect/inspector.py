@@ -30,7 +30,7 @@ from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import needed, smallest_rate
 from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said, calibration_of, check_support
-from unispect.decide.promise import promise
+from unispect.decide.promise import card_lines
 from unispect.decide.unknown import Novelty
 from unispect.decide.versions import Versions
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
@@ -556,21 +556,16 @@ class Inspector:
 
     def card(self) -> str:
         """What the model is, in words a person can file: data, settings, promise and limits."""
-        size = len(self.calibration)
         kinds = "found by clustering: no product was named" if self.facts["clustered"] else "named in the data"
         lines = [
             f"# Model card: {self.config['method']} on {len(self.products)} product{'s' * (len(self.products) != 1)}",
             "",
             f"- Products ({kinds}): {', '.join(self.products)}",
             f"- Images: {len(self.split.train)} to learn from, {len(self.split.held_out)} held out for scales and "
-            f"stopping, {size} to calibrate the threshold. All were taken to be good.",
+            f"stopping, {len(self.split.calibration)} to calibrate the threshold. All were taken to be good.",
             f"- Backbone: {self.config['features']['backbone']}, {self.config['preparation']['size']} px, precision "
             f"{self.config['features']['precision']}; fingerprint {self.facts['features'][:16]}",
-            f"- Promise: {promise(self.judge)}",
-            f"- One threshold for all products: score > {self.threshold:.6g}. No product label is used in scoring."
-            if self.decision.guarantee != "product" or self.decision.threshold is not None
-            else f"- A threshold for each product that the model recognises, {self.threshold:.6g} at the most. No product "
-            "label is used in scoring.",
+            *card_lines(self.judge),
             f"- Scores of products are brought to one scale by: {_alignment(self.config)}.",
             f"- Seed {self.config['seed']}; {_learning(self.facts)}",
             f"- A product it has never seen: {_strangers(self.unknown_threshold, float(self.decision.unknown_rate))}",

@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,22 @@ def write_folder(path: Path, files: Mapping[str, bytes], overwrite: bool = False
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
     return Path(path)
+
+
+def rewrite(
+    path: Path, out: Path, change: Callable[[Mapping[str, bytes]], Mapping[str, bytes]], overwrite: bool = False
+) -> Path:
+    """A folder of a known format with some files changed, in place where `out` is `path`; all others as they are.
+
+    change   all files -> those that change
+
+    Raises StoreError where it is no such folder, or is damaged.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        raise StoreError(f"{path} is not a unispect model: expected a folder that `unispect fit` or `unispect export` wrote")
+    files = read_model(path, None, kind)
+    return write_folder(out, files | dict(change(files)), overwrite, kind)
 
 
 def check_free(path: Path, overwrite: bool = False, kind: str = MODEL) -> None:

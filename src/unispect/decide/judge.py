@@ -215,7 +215,7 @@ def calibration_of(said: Iterable[Said], records: Sequence[Record], names: Seque
     names   of the known products
     """
     rows = [(one.score, one.peak, one.median, one.novelty, recognised(names, one.products)[0]) for one in said]
-    scores, peaks, medians, novelty, products = zip(*rows, strict=True)
+    scores, peaks, medians, novelty, products = zip(*rows, strict=True) if rows else [()] * 5
     return Calibration(
         scores=np.array(scores, np.float64),
         peaks=np.array(peaks, np.float64),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from unispect.decide.conformal import band, needed
 from unispect.decide.judge import Judge
+
+STARTS = PROMISE, THRESHOLD, CALIBRATED = "- Promise:", "- Threshold:", "- Calibrated on:"  # of lines of a model card
 
 
 def promise(judge: Judge) -> str:
@@ -26,9 +30,29 @@ def promise(judge: Judge) -> str:
             "over calibration sets, as long as images are exchangeable with those it was calibrated on; products with fewer "
             f"than {needed(rate)} of these share a promise."
         )
-    low, high = band(size, rate)
-    return (
+    said = (
         f"at most {rate:.2%} of normal images raise an alarm, on average over calibration sets, as long as images are "
-        f"exchangeable with those it was calibrated on. With {size} calibration images the long-run rate lies between "
-        f"{low:.2%} and {high:.2%} in 90 of 100 fits."
+        f"exchangeable with those it was calibrated on."
     )
+    with suppress(ImportError):  # where only inspection is installed, without scipy
+        low, high = band(size, rate)
+        said += f" With {size} calibration images the long-run rate lies between {low:.2%} and {high:.2%} in 90 of 100 fits."
+    return said
+
+
+def card_lines(judge: Judge) -> list[str]:
+    """What a model card says of the decision."""
+    threshold = f"score > {judge.threshold:.6g}, the same for all products"
+    if judge.decision.guarantee == "product" and judge.decision.threshold is None:
+        threshold = f"one for each product that the model recognises, {judge.threshold:.6g} at the most"
+    return [
+        f"{PROMISE} {promise(judge)}",
+        f"{THRESHOLD} {threshold}. No product label is used in scoring.",
+        f"{CALIBRATED} {len(judge.calibration)} images, taken to be good.",
+    ]
+
+
+def revised(card: str, judge: Judge) -> str:
+    """A model card as it reads after the model was calibrated anew."""
+    told = dict(zip(STARTS, card_lines(judge), strict=True))
+    return "\n".join(next((new for start, new in told.items() if line.startswith(start)), line) for line in card.split("\n"))
