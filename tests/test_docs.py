@@ -42,6 +42,25 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert products == ("blister", "board", "fabric", "gear", "terrazzo", "wood")
 
 
+def test_the_guide_to_decisions_shows_the_example_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = ROOT / "docs_src" / "decide.py"
+    assert example.read_text("utf-8") in (ROOT / "docs" / "decisions.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
+    settings = {"method": "opca", "preparation": {"size": 64}, "decision": {"false_alarm_rate": 0.2}}
+    data = unispect.write_products("data", 20, 1, 0, 64)
+    unispect.Inspector.fit(data, settings | {"opca": {"map_side": 64}}).save("out/model")
+    whole = unispect.write_products
+    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train, seed: whole(root, train, 1, 0, 64, seed))
+    monkeypatch.setattr("unispect.write_products", unispect.data.factory.write_products)
+    runpy.run_path(str(example))
+    assert "Version 2: calibrated on 120 images" in capsys.readouterr().out
+    now = unispect.Inspector.load("out/model").versions
+    assert [version.restores for version in now.all] == [None, None, 1]
+
+
 def test_the_quick_file_holds_the_defaults() -> None:
     assert read_toml(ROOT / "configs" / "quick.toml") == complete(None)
 

@@ -156,7 +156,8 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
     for name, factory in factories.items():
         own = merge(wanted.get(name, {}), given.get(name, {}))
         construct(factory, own, name)
-        table[name] = settings(factory, own, where=name)
+        told = settings(factory, own, where=name)
+        table[name] = {key: value for key, value in told.items() if value is not None}  # as TOML, which has no null
     for name in sections(method, given.get(method, {})):
         table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
     if aligner != NONE:

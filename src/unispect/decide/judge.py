@@ -50,8 +50,9 @@ class DecisionSettings:
             raise ConfigError(f"threshold: got {self.threshold}, expected a finite score, or none")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and TOML."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Plain values for JSON and TOML, without what is None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 GUARANTEES = ("image", "group", "product")
