@@ -32,7 +32,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     whole, learn = unispect.write_products, unispect.Inspector.fit
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(Path(root), train, 2, 1, 64))
+    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(root, train, 2, 1, 64))
     small = {"preparation": {"size": 64}, "training": {"steps": 4}}
     monkeypatch.setattr(unispect.Inspector, "fit", lambda data, config: learn(data, config | small))
     runpy.run_path(str(EXAMPLE))
