@@ -14,13 +14,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "unispect"
 # A module imports from lower layers only: never another module of its own layer.
 LAYERS = [
     {"types", "errors"},
-    {"data", "nn", "metrics", "config", "store", "published"},
+    {"data", "nn", "metrics", "config", "store", "published", "findings"},
     {"features", "detectors", "align", "decide"},
     {"fit"},
     {"inspector"},
     {"evaluation", "runtime", "rehearsal"},
     {"report", "export"},
-    {"benchmark", "demo", "watch", "stream", "preflight"},
+    {"benchmark", "demo", "watch", "stream", "preflight", "monitor"},
     {"cli"},
     {"__main__"},
 ]
@@ -221,7 +221,8 @@ def test_imports_that_are_allowed_pass(tmp_path: Path, file: str, source: str) -
 
 def test_what_inspects_needs_no_torch_and_no_scipy() -> None:
     """Neither when imported nor below: tests/test_clean_environment.py runs it where they are not installed."""
-    said = "import sys, unispect.runtime, unispect.watch, unispect.stream, unispect.cli; print(*sys.modules)"
+    modules = "unispect.runtime, unispect.watch, unispect.stream, unispect.monitor, unispect.cli"
+    said = f"import sys, {modules}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     heavy = {"torch", "torchvision", "timm", "scipy", "safetensors", "jinja2", "onnx", "tomli_w"}
     assert heavy.isdisjoint(ran.stdout.split())

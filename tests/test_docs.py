@@ -19,6 +19,7 @@ from unispect.inspector import FeatureSettings, complete, empty_detector
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs_src" / "ten_lines.py"
+MONITORING = ROOT / "docs_src" / "monitor.py"
 
 
 def test_the_readme_shows_the_example_that_runs() -> None:
@@ -40,6 +41,20 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
     products = unispect.Inspector.load(tmp_path / "out" / "model").products
     assert products == ("blister", "board", "fabric", "gear", "terrazzo", "wood")
+
+
+@pytest.mark.slow
+def test_the_example_of_monitoring_notices_the_dim_lamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert MONITORING.read_text("utf-8") in (ROOT / "docs" / "monitor.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
+    names = runpy.run_path(str(MONITORING))
+    first = names["found"].alarms[0]
+    assert first.kind == "shift"
+    assert first.at > len(names["good"])
+    assert "Check light, lens and camera" in capsys.readouterr().out
 
 
 def test_the_quick_file_holds_the_defaults() -> None:

@@ -81,6 +81,7 @@ class Finding:
     unknown   whether it shows a product that the model has never seen: it resembles none, `product` is None, and neither
               score nor decision is to be relied on
     unknown_p_value   share of normal images of known products that resemble one as little
+    nearest   name of the known product that comes nearest, be it near or not; None where the model knows no names
     """
 
     path: str | None
@@ -97,6 +98,7 @@ class Finding:
     unaligned: float | None = None
     unknown: bool = False
     unknown_p_value: float = 1.0
+    nearest: str | None = None
 
     @property
     def verdict(self) -> str:

@@ -162,15 +162,15 @@ class Judge:
         """The finding on an image of a size (width, height), pixels."""
         scaled = self.calibration.scaled(said.map, self.pixel_threshold)
         unknown, alarm = said.novelty > self.unknown_threshold, said.score > self.threshold
-        product, probability = (None, None) if unknown else self._resembles(said.products)
+        nearest, near = self._resembles(said.products)
         return Finding(
             path=path,
             score=said.score,
             threshold=self.threshold,
             p_value=self.calibration.images.p_value(said.score),
             anomalous=alarm,
-            product=product,
-            product_probability=probability,
+            product=None if unknown else nearest,
+            product_probability=None if unknown else near,
             regions=self._regions(scaled, size) if alarm else (),
             map=scaled,
             width=size[0],
@@ -178,6 +178,7 @@ class Judge:
             unaligned=said.unaligned,
             unknown=unknown,
             unknown_p_value=self.calibration.strangers.p_value(said.novelty),
+            nearest=nearest,
         )
 
     def _resembles(self, products: np.ndarray | None) -> tuple[str | None, float | None]:
