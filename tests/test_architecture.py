@@ -221,7 +221,7 @@ def test_imports_that_are_allowed_pass(tmp_path: Path, file: str, source: str) -
 
 def test_what_inspects_needs_no_torch_and_no_scipy() -> None:
     """Neither when imported nor below: tests/test_clean_environment.py runs it where they are not installed."""
-    inspecting = ("runtime", "watch", "stream", "calibrate", "feedback", "findings", "cli")
+    inspecting = ("runtime", "watch", "stream", "monitor", "calibrate", "feedback", "findings", "cli")
     said = f"import sys, {', '.join(f'unispect.{name}' for name in inspecting)}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     heavy = {"torch", "torchvision", "timm", "scipy", "safetensors", "jinja2", "onnx", "tomli_w"}

@@ -637,6 +637,31 @@ def test_watch_and_stream(run: Run, exported: Path, images: Path, tmp_path: Path
     assert (second["id"], "error" in second) == (2, True)
 
 
+def test_monitor(run: Run, place: Place, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second image is noise: first findings of a good image, then those of both."""
+    said = run("inspect", place.model, images, "--json").out.splitlines(keepends=True)
+    assert len(said) == 3  # a good one, noise, and an error
+    log, state = tmp_path / "log.jsonl", tmp_path / "state"
+    log.write_text(said[0] * 20)
+    calm = run("monitor", place.model, log, "--run-length", 1000, "--state", state, "--fail-on-change")
+    assert (calm.code, calm.out) == (0, "20 images, 0 alarms\n")
+    log.write_text(said[0] * 20 + "".join(said) * 60)
+    found = run("monitor", place.model, log, "--run-length", 1000, "--state", state, "--fail-on-change", "--json")
+    *alarms, summary = map(json.loads, found.out.splitlines())
+    assert (found.code, summary) == (
+        1,
+        {"images": 120, "errors": 60, "foreign": 0, "late": 0, "alarms": len(alarms)},
+    )
+    assert alarms[0]["path"].endswith(".png")
+    assert {alarm["kind"] for alarm in alarms} <= {"shift", "tail", "unknown"}
+    monkeypatch.setattr("sys.stdin", io.StringIO(log.read_text()))
+    streamed = run("monitor", place.model, "-", "--run-length", 1000)
+    assert streamed.code == 0
+    assert streamed.out.splitlines()[:-1] == [alarm["text"] for alarm in alarms]
+    log.write_text("{\n")
+    assert one_line(run("monitor", place.model, log))
+
+
 def test_methods_say_what_can_be_exported(run: Run) -> None:
     assert "exported to: onnx, openvino" in run("methods").out
     assert json.loads(run("methods", "--json").out)["hgad"]["exported_to"] == ["onnx", "openvino"]

@@ -19,6 +19,7 @@ from unispect.inspector import FeatureSettings, complete, empty_detector
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs_src" / "ten_lines.py"
+MONITORING = ROOT / "docs_src" / "monitor.py"
 
 
 def test_the_readme_shows_the_example_that_runs() -> None:
@@ -32,7 +33,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     whole, learn = unispect.write_products, unispect.Inspector.fit
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(Path(root), train, 2, 1, 64))
+    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(root, train, 2, 1, 64))
     small = {"preparation": {"size": 64}, "training": {"steps": 4}}
     monkeypatch.setattr(unispect.Inspector, "fit", lambda data, config: learn(data, config | small))
     runpy.run_path(str(EXAMPLE))
@@ -59,6 +60,20 @@ def test_the_guide_to_decisions_shows_the_example_that_runs(
     assert "Version 2: calibrated on 120 images" in capsys.readouterr().out
     now = unispect.Inspector.load("out/model").versions
     assert [version.restores for version in now.all] == [None, None, 1]
+
+
+@pytest.mark.slow
+def test_the_example_of_monitoring_notices_the_dim_lamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert MONITORING.read_text("utf-8") in (ROOT / "docs" / "monitor.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
+    names = runpy.run_path(str(MONITORING))
+    first = names["found"].alarms[0]
+    assert first.kind == "shift"
+    assert first.at > len(names["good"])
+    assert "Check light, lens and camera" in capsys.readouterr().out
 
 
 def test_the_quick_file_holds_the_defaults() -> None:

@@ -1,8 +1,8 @@
 """The command line: each verb parses, calls one function of the library, and prints.
 
-Results go to stdout; progress, warnings and errors go to stderr. Exit codes: 0 done, 1 anomalies found where
---fail-on-anomaly asks, 2 an error that the user can mend, 3 a bug, 130 stopped by Ctrl-C. What is heavy is imported
-inside the verbs, so that --help is quick.
+Results go to stdout; progress, warnings and errors go to stderr. Exit codes: 0 done, 1 anomalies or changes found where
+--fail-on-anomaly or --fail-on-change asks, 2 an error that the user can mend, 3 a bug, 130 stopped by Ctrl-C. What is
+heavy is imported inside the verbs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -859,7 +859,7 @@ def feedback(
         print("  ".join(part for part in (one.made, one.truth or "withdrawn", one.path, one.by, one.note) if part))
 
 
-# watch, stream
+# watch, stream, monitor
 
 
 @app.command()
@@ -891,6 +891,28 @@ def stream(model: AnyModel, false_alarm_rate: Rate = None) -> None:
 
     for answer in answers(_loaded_to_inspect(model, false_alarm_rate), sys.stdin):
         _print_json(answer, None)
+
+
+@app.command()
+def monitor(
+    model: AnyModel,
+    log: Annotated[str, typer.Argument(help="Findings: lines of `inspect --json` or `stream`, a folder of `watch`, or - .")],
+    run_length: Annotated[float, typer.Option(help="Images to one false alarm at most, on average.")] = 10_000,
+    state: Annotated[Path | None, typer.Option("--state", help="File in which this goes on where it was.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: alarms, then what was read.")] = False,
+    fail_on_change: Annotated[bool, typer.Option("--fail-on-change", help="Exit with 1 where there is an alarm.")] = False,
+) -> None:
+    """Say whether scores have shifted, defects or unknown products have come, from a log of findings."""
+    from unispect.monitor import Alarm
+    from unispect.monitor import monitor as look
+
+    def tell(alarm: Alarm) -> None:
+        _print_json(alarm.as_dict(), None) if as_json else print(alarm.text(), flush=True)
+
+    found = look(model, sys.stdin if log == "-" else Path(log), run_length, state, tell=tell)
+    _print_json(found.as_dict(), None) if as_json else print(found.text())
+    if fail_on_change and found.alarms:
+        raise typer.Exit(ANOMALIES)
 
 
 # export

@@ -80,8 +80,8 @@ def _of_file(log: Path, place: Place) -> Iterator[Line]:
                 yield where, _object(line, where)
     if number < place.lines:
         raise DataError(
-            f"{log}: has {number} lines, of which {place.lines} have been read: it was cut; give the whole log, or "
-            "another state"
+            f"{log}: has {number} lines, of which {place.lines} have been read: it was cut; "
+            "give the whole log, or another state"
         )
 
 

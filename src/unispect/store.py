@@ -105,6 +105,18 @@ def kind_of(path: Path) -> str | None:
     return found if found in NAMES else None
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """A file with this content, in place of an older one in one step."""
+    target = Path(os.path.realpath(path))
+    try:
+        with _workplace(target) as workplace:
+            _write_files(workplace / "new", {"content": content})
+            os.replace(workplace / "new" / "content", target)
+        _flush(target.parent)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def pack_tensors(tensors: Mapping[str, Tensor | np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """The tensors as one safetensors file."""
     from safetensors.torch import save
@@ -125,17 +137,9 @@ def unpack_tensors(content: bytes) -> dict[str, Tensor]:
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor | np.ndarray], meta: Mapping[str, Any]) -> None:
     """One file with tensors and JSON-plain `meta`, in place of an older one in one step."""
-    target = Path(os.path.realpath(path))
     stored = {name: _stored(value) for name, value in tensors.items()}
     text = json.dumps(meta)
-    content = pack_tensors(stored, {"format": CHECKPOINT, "meta": text, "sha256": _digest(stored, text)})
-    try:
-        with _workplace(target) as workplace:
-            _write_files(workplace / "new", {"checkpoint": content})
-            os.replace(workplace / "new" / "checkpoint", target)
-        _flush(target.parent)
-    except OSError as error:
-        raise StoreError(f"checkpoint {path} cannot be written: {error.strerror}") from error
+    write_file(path, pack_tensors(stored, {"format": CHECKPOINT, "meta": text, "sha256": _digest(stored, text)}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -964,7 +964,7 @@ def _expose(canvas: Array, rng: Generator) -> Array:
 
 
 def write_products(
-    root: Path,
+    root: Path | str,
     train: int = 60,
     good: int = 20,
     bad: int = 8,
@@ -972,13 +972,13 @@ def write_products(
     seed: int = 0,
     products: Sequence[str] | None = None,
 ) -> Path:
-    """Pictures and masks in the layout of MVTec AD; returns `root`.
+    """Pictures and masks in the layout of MVTec AD; returns `root` as a path.
 
     train, good   good pictures for training and for testing, of each product
     bad           pictures of each kind of defect of each product
     products      names from `PRODUCTS`; None for all
     """
-    names = list(PRODUCTS if products is None else products)
+    root, names = Path(root), list(PRODUCTS if products is None else products)
     for product in names:
         _check(product, None, seed, size)
     for product in names:
