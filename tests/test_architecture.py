@@ -16,7 +16,7 @@ LAYERS = [
     {"types", "errors"},
     {"data", "nn", "metrics", "config", "store", "published", "findings", "feedback"},
     {"features", "detectors", "align", "decide"},
-    {"fit"},
+    {"fit", "cross"},
     {"inspector"},
     {"evaluation", "runtime", "rehearsal"},
     {"report", "export"},

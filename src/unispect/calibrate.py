@@ -24,7 +24,7 @@ from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said, ca
 from unispect.decide.operating import Costs, OperatingPoint, cheapest
 from unispect.decide.promise import promise, revised
 from unispect.decide.versions import Versions
-from unispect.errors import CalibrationError, DataError
+from unispect.errors import CalibrationError, ConfigError, DataError
 from unispect.store import MODEL, kind_of, rewrite
 
 NAMED = 3  # paths in a message
@@ -157,7 +157,8 @@ def recalibrated(
     joined = model.versions.current.calibration.with_also(found) if add else found
     reason = f"calibrated on {len(readable)} {'more ' if add else ''}images"
     images = {contents[record]: str(record.path) for record in readable}
-    versions = model.versions.then(command, reason, _decision(model, changes), joined, images)
+    decision = _decision(model, changes, not add)
+    versions = model.versions.then(command, reason, decision, joined, images)
     return _changed(model, versions, [*notes, *more])
 
 
@@ -241,7 +242,7 @@ def reconsidered(
     notes = [f"{len(astray)} verdicts are on images without a finding in the history ({_some(astray)})"] if astray else []
     found = _of_findings(good)
     joined = model.versions.current.calibration.with_also(found) if add else found
-    versions = model.versions.then(command, f"history of {len(good)} findings", _decision(model, changes), joined)
+    versions = model.versions.then(command, f"history of {len(good)} findings", _decision(model, changes, not add), joined)
     change = _changed(model, versions, notes)
     history = _history(model.judge, change.after.judge, rows, truths)
     if history.unreviewed:
@@ -278,9 +279,20 @@ def keep(change: Change[Any], folder: Path, out: Path | None = None, overwrite: 
 # Parts.
 
 
-def _decision(model: Decides, changes: Mapping[str, Any] | None) -> DecisionSettings:
-    """The settings in force with some changed. A rate takes the place of a fixed score, unless one comes with it."""
+def _decision(model: Decides, changes: Mapping[str, Any] | None, anew: bool = False) -> DecisionSettings:
+    """The settings in force with some changed. A rate takes the place of a fixed score, unless one comes with it.
+
+    anew   by calibration images none of which it was fitted with
+    """
     given = dict(changes or {})
+    now = model.judge.decision.guarantee
+    if "cross" in (now, given.get("guarantee", now)) and not anew and given.get("guarantee", now) != now:
+        raise ConfigError(
+            f"guarantee: the model has {now!r}, which cannot become {given['guarantee']!r} by the images that it has: "
+            "'cross' is made when a model is fitted (split.cross), and left by calibrating it on other images"
+        )
+    if now == "cross" and anew:
+        given.setdefault("guarantee", "image")
     if "false_alarm_rate" in given:
         given.setdefault("threshold", None)
     return replace(model.judge.decision, **given)

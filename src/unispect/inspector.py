@@ -22,6 +22,7 @@ from unispect.align.aligners import PROVIDED as OF_ALIGNERS
 from unispect.align.aligners import build as build_aligner
 from unispect.align.base import Aligner, AlignsGiven, Pairs, Statistics, view, width
 from unispect.config import construct, merge, read_toml, settings, write_toml
+from unispect.cross import Crossed, CrossedNovelty, crossed
 from unispect.data.datasets import read_data
 from unispect.data.folder import images_below
 from unispect.data.leak import Seen
@@ -105,15 +106,19 @@ class SplitSettings:
     folds   an aligner learns from images that the detector has not learnt from: the held-out ones where this is 0;
             otherwise all training images, dealt into so many folds, each scored by a detector of the others. Of methods
             that learn in passes, and of HGAD, it is 4 where there is an aligner
+    cross   instead of calibration images of their own, so many models that each leave out a part of the images and are
+            calibrated on it: for few images, at a weaker guarantee and as many times the work (see unispect.cross)
     """
 
     held_out: float = 0.1
     calibration: float = 0.14
     folds: int = 0
+    cross: int = 0
 
     def __post_init__(self) -> None:
-        if self.folds < 0 or self.folds == 1:
-            raise ConfigError(f"folds: got {self.folds}, expected 0 or at least 2")
+        for name in ("folds", "cross"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 or at least 2")
 
 
 def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, Any]:
@@ -158,6 +163,7 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         construct(factory, own, name)
         told = settings(factory, own, where=name)
         table[name] = {key: value for key, value in told.items() if value is not None}  # as TOML, which has no null
+    _check_cross(table)
     for name in sections(method, given.get(method, {})):
         table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
     if aligner != NONE:
@@ -171,6 +177,19 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
                 "set split.folds to 2 or more"
             )
     return table
+
+
+def _check_cross(table: dict[str, Any]) -> None:
+    """The promise of cross-conformal calibration is one of its own."""
+    crossed, guarantee = table["split"]["cross"] > 0, table["decision"]["guarantee"]
+    if crossed and guarantee not in ("image", "cross"):
+        raise ConfigError(
+            f"split.cross={table['split']['cross']}: cross-conformal calibration has no promise for each {guarantee}: leave "
+            "decision.guarantee out, or split.cross"
+        )
+    if guarantee == "cross" and not crossed:
+        raise ConfigError("decision.guarantee='cross': expected split.cross, the number of parts, such as 5, instead")
+    table["decision"]["guarantee"] = "cross" if crossed else guarantee
 
 
 class Inspector:
@@ -188,7 +207,7 @@ class Inspector:
         eyes: Engine,
         detector: Detector,
         aligner: Aligner | None,
-        novelty: Novelty,
+        novelty: Novelty | CrossedNovelty,
         versions: Versions,
         split: Split,
         facts: Mapping[str, Any],
@@ -384,6 +403,10 @@ class Inspector:
         Raises DataError where an image that it learnt from is gone or has changed.
         """
         run = Fit(self.config, cache or FeatureCache(), None, True, progress)
+        if self.config["split"]["cross"]:
+            raise ConfigError(
+                "split.cross: the model is several, each trained on other images: none can be trained again alone"
+            )
         for record in (*self.split.train, *self.split.held_out):
             if not record.path.is_file() or content_hash(record.path) != self.split.hashes.get(record.path):
                 raise DataError(
@@ -422,9 +445,7 @@ class Inspector:
                 f"{path}: the weights of {config['features']['backbone']} on this machine are not those it learnt with: "
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
-        detector = empty_detector(config, [tuple(shape) for shape in about["facts"]["shapes"]], len(about["products"]), eyes)
-        aligner = build_aligner(config, about["facts"].get("view", 0), len(about["products"]))
-        novelty = Novelty(tuple(shape[0] for shape in about["facts"]["shapes"]), len(about["products"]))
+        detector, aligner, novelty = _empty(config, about["facts"], len(about["products"]), eyes)
         try:
             _fill(detector, aligner, novelty, unpack_tensors(files["weights.safetensors"]))
         except RuntimeError as error:
@@ -482,6 +503,7 @@ class Inspector:
         if facts["shapes"] != self.facts["shapes"]:
             raise DataError(f"product {name!r}: its features are {facts['shapes']}, expected {self.facts['shapes']}")
         detector, novelty = deepcopy(holding), deepcopy(self.novelty)
+        assert isinstance(novelty, Novelty)
         detector.add(part)
         novelty.add(new)
         if replace:
@@ -512,6 +534,7 @@ class Inspector:
         if len(self.products) == 1:
             raise ConfigError(f"product {name!r} is the only one that the model knows: a model of nothing can judge nothing")
         detector, novelty = deepcopy(holding), deepcopy(self.novelty)
+        assert isinstance(novelty, Novelty)
         detector.remove(self.products.index(name))
         novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
@@ -540,6 +563,10 @@ class Inspector:
 
     def _holding(self) -> HoldsProducts:
         """The detector, which knows its products one by one."""
+        if self.config["split"]["cross"]:
+            raise ConfigError(
+                "split.cross: the model is several, to which no product can be added alone: fit it again on all"
+            )
         if self.aligner is not None:
             raise ConfigError(
                 f"aligner {self.config['aligner']!r} learns all products as one, so none can be added or removed alone: "
@@ -576,6 +603,18 @@ class Inspector:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A model of all images but some, and what it says of those."""
+
+    names: list[str]
+    detector: Detector
+    aligner: Aligner | None
+    novelty: Novelty
+    facts: dict[str, Any]
+    calibration: Calibration
+
+
 class Fit:
     """One run of `Inspector.fit`, or of what is to be known before it."""
 
@@ -592,16 +631,52 @@ class Fit:
         split = self.divided(data)
         self.check_promise(split)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
+        if self.config["split"]["cross"]:
+            return self._crossed(split, eyes, command)
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
         novelty = _acquainted(seen_by["train"], len(names))
         calibration = self._calibrate(detector, aligner, novelty, split, eyes, names)
         self._check_calibration(calibration)
         about = facts | seen | self._notes()
-        decision = construct(DecisionSettings, self.config["decision"], "decision")
         images = {split.hashes[record.path]: str(record.path) for record in split.calibration}
-        versions = Versions.first(decision, calibration, images, command, "fitted")
+        versions = Versions.first(self._decision, calibration, images, command, "fitted")
         return Inspector(self.config, names, eyes, detector, aligner, novelty, versions, split, about)
+
+    def _crossed(self, split: Split, eyes: Engine, command: str) -> Inspector:
+        """A model of as many as there are parts of the images, each of which is calibrated on the part that it left out."""
+        records, count = split.train, self.config["split"]["cross"]
+        parts = [self._without_part(split, records, part, eyes) for part in self._parts(split, count)]
+        detector = Crossed([part.detector for part in parts], [part.aligner for part in parts])
+        novelty = CrossedNovelty([part.novelty for part in parts])
+        calibration = crossed(detector, novelty, [part.calibration for part in parts])
+        self._check_calibration(calibration)
+        versions = Versions.first(self._decision, calibration, {}, command, "fitted")
+        facts = parts[0].facts | self._notes()
+        return Inspector(self.config, parts[0].names, eyes, detector, None, novelty, versions, split, facts)
+
+    def _parts(self, split: Split, count: int) -> list[np.ndarray]:
+        """Places of the images in each part; those of a unit are in one."""
+        names = sorted({str(record.product) for record in split.train})
+        products = torch.tensor([names.index(str(record.product)) for record in split.train])
+        units = torch.tensor(unit_numbers(split.train, split.hashes))
+        dealt = deal(products, units, count, self.config["seed"]).numpy()
+        found = [np.flatnonzero(dealt == part) for part in range(count)]
+        if min(map(len, found)) == 0:
+            raise DataError(f"split.cross={count}: {len(split.train)} images are too few for so many parts: expected fewer")
+        return found
+
+    def _without_part(self, split: Split, records: Sequence[Record], part: np.ndarray, eyes: Engine) -> _Part:
+        """A model of all images but a part, and what it says of that part."""
+        out = set(part.tolist())
+        others = [record for place, record in enumerate(records) if place not in out]
+        learning = split_normals(others, self.config["split"]["held_out"], 0.0, self.config["seed"], split.hashes)
+        names, detector, facts, seen_by = self._learnt(learning, eyes)
+        aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
+        novelty = _acquainted(seen_by["train"], len(names))
+        left_out = Split((), (), tuple(records[place] for place in part), split.hashes)
+        calibration = self._calibrate(detector, aligner, novelty, left_out, eyes, names)
+        return _Part(names, detector, aligner, novelty, facts | seen, calibration)
 
     def run_more(self, data: Sequence[Record], eyes: Engine) -> tuple[Detector, Novelty, Split, dict[str, Any]]:
         """A detector of these images alone, as a part of another model that brings the engine and calibrates."""
@@ -711,8 +786,8 @@ class Fit:
 
     def check_promise(self, split: Split) -> None:
         """Raises CalibrationError where there are too few calibration images, before anything is learnt in vain."""
-        decision = construct(DecisionSettings, self.config["decision"], "decision")
-        check_support([record.group for record in split.calibration], decision)
+        used = split.train if self.config["split"]["cross"] else split.calibration
+        check_support([record.group for record in used], self._decision)
 
     def divided(self, data: Path | str | Sequence[Record]) -> Split:
         """The images by what each is for."""
@@ -723,6 +798,8 @@ class Fit:
         normal = self._present(normal)
         shares, seed = self.config["split"], self.config["seed"]
         whole = self.config["decision"]["guarantee"] == "group"
+        if shares["cross"]:
+            return split_normals(normal, 0.0, 0.0, seed)
         return split_normals(normal, shares["held_out"], shares["calibration"], seed, whole_groups=whole)
 
     def _present(self, records: Sequence[Record]) -> list[Record]:
@@ -733,6 +810,10 @@ class Fit:
                     raise ImageError(f"{record.path}: no such file")
                 self.failures.append(Failure(record.path, "no such file"))
         return [record for record in records if record.path.is_file()]
+
+    @property
+    def _decision(self) -> DecisionSettings:
+        return construct(DecisionSettings, self.config["decision"], "decision")
 
     @property
     def key(self) -> str:
@@ -850,6 +931,26 @@ def empty_detector(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]],
     return build(config, shapes, products, TrainedEncoder(eyes.extractor))
 
 
+def _empty(
+    config: Mapping[str, Any], facts: Mapping[str, Any], products: int, eyes: Engine
+) -> tuple[Detector, Aligner | None, Novelty | CrossedNovelty]:
+    """What learns, before it has."""
+    shapes = [tuple(shape) for shape in facts["shapes"]]
+    count = config["split"]["cross"]
+    built = [
+        (
+            empty_detector(config, shapes, products, eyes),
+            build_aligner(config, facts.get("view", 0), products),
+            Novelty(tuple(shape[0] for shape in shapes), products),
+        )
+        for _ in range(count or 1)
+    ]
+    if not count:
+        return built[0]
+    detectors, aligners, novelty = zip(*built, strict=True)
+    return Crossed(detectors, aligners), None, CrossedNovelty(novelty)
+
+
 def _shown(value: Any) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
@@ -882,18 +983,18 @@ def _takes_product(aligner: object) -> TypeGuard[AlignsGiven]:
     return isinstance(aligner, AlignsGiven)
 
 
-def _beside(aligner: Aligner | None, novelty: Novelty) -> nn.ModuleDict:
+def _beside(aligner: Aligner | None, novelty: nn.Module) -> nn.ModuleDict:
     """What is learnt beside a detector, by name."""
     return nn.ModuleDict({"novelty": novelty} | ({} if aligner is None else {"aligner": aligner}))
 
 
-def _state(detector: Detector, aligner: Aligner | None, novelty: Novelty) -> dict[str, torch.Tensor]:
+def _state(detector: Detector, aligner: Aligner | None, novelty: nn.Module) -> dict[str, torch.Tensor]:
     """All that was learnt, by name."""
     more = _beside(aligner, novelty).state_dict()
     return {**detector.state_dict(), **{f"{BESIDE}{name}": value for name, value in more.items()}}
 
 
-def _fill(detector: Detector, aligner: Aligner | None, novelty: Novelty, state: Mapping[str, torch.Tensor]) -> None:
+def _fill(detector: Detector, aligner: Aligner | None, novelty: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put what `_state` gave in its place. Raises RuntimeError where it does not fit."""
     detector.load_state_dict({name: value for name, value in state.items() if not name.startswith(BESIDE)})
     own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}

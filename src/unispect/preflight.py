@@ -179,6 +179,10 @@ def plan(
     """
     given = read_toml(Path(config)) if isinstance(config, Path | str) else dict(config or {})
     table = complete(given)
+    if table["split"]["cross"]:
+        raise ConfigError(
+            "split.cross: what several models take is not predicted: plan without it, and expect that many times"
+        )
     look = _Look(table, cache or FeatureCache(), strict)
     with TemporaryDirectory(prefix="unispect-") as folder:
         start = perf_counter()

@@ -30,7 +30,8 @@ class DecisionSettings:
                    calibration images for it: none is, and no image is called unknown
     guarantee      for whom the promise is kept: "image", for images like the calibration ones; "group", for those of a
                    day, lot or camera that was not among them, too; "product", for those of each product by itself, as the
-                   model recognises it, where a product with too few calibration images shares with others like it
+                   model recognises it, where a product with too few calibration images shares with others like it;
+                   "cross", of a model that was fitted with split.cross: see unispect.cross
     threshold      a fixed score above which an image raises an alarm, whatever the rate: an expert's, or the cheapest one
                    that `unispect calibrate` found. The rate stays what regions are told by
     """
@@ -55,7 +56,7 @@ class DecisionSettings:
         return {name: value for name, value in values.items() if value is not None}
 
 
-GUARANTEES = ("image", "group", "product")
+GUARANTEES = ("image", "group", "product", "cross")
 NUMBERS = ("scores", "peaks", "medians", "novelty")  # of a calibration, image by image
 NAMES = ("products", "groups", "recognised")
 

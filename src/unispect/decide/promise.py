@@ -30,6 +30,12 @@ def promise(judge: Judge) -> str:
             "over calibration sets, as long as images are exchangeable with those it was calibrated on; products with fewer "
             f"than {needed(rate)} of these share a promise."
         )
+    if kind == "cross":
+        return (
+            f"about {rate:.2%} of normal images raise an alarm, and at most {2 * rate:.2%} and a term that falls with the "
+            f"number of parts are proven, as long as images are exchangeable with the {size} that it was learnt from and "
+            "calibrated on."
+        )
     said = (
         f"at most {rate:.2%} of normal images raise an alarm, on average over calibration sets, as long as images are "
         f"exchangeable with those it was calibrated on."

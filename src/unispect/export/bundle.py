@@ -21,7 +21,7 @@ from unispect.errors import ExportError, unknown_name
 from unispect.export.onnx import onnx_model
 from unispect.export.openvino import openvino_model
 from unispect.export.parity import Parity, compare
-from unispect.export.quantised import Cost, cost, recalibrated
+from unispect.export.quantised import Cost, check_recalibration, cost, recalibrated
 from unispect.inspector import Inspector
 from unispect.runtime import network
 from unispect.store import EXPORT, check_free, write_folder
@@ -84,6 +84,8 @@ def export(
             "precision for all of its parts, and only networks bear less"
         )
     check_free(Path(out), overwrite, EXPORT)
+    if int8:
+        check_recalibration(inspector)
     files = EXPORTERS[to](_quickened(inspector) if quick else inspector, int8)
     graph = network(files)
     found = Exported(compare(inspector, graph.whole, images), cost(inspector, graph, check) if int8 else None)

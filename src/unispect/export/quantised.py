@@ -112,17 +112,22 @@ def cost(inspector: Inspector, graph: Network, labelled: Sequence[Record] = ()) 
     return Cost(auroc(np.array(before), labels), auroc(np.array(after), labels), len(images), not known)
 
 
-def recalibrated(inspector: Inspector, graph: Network) -> Calibration:
-    """What the quantised graph says of the calibration images, by which it decides.
-
-    Raises ExportError where one of them is gone, or the model decides by others since: thresholds of other scores would
-    promise nothing.
-    """
+def check_recalibration(inspector: Inspector) -> None:
+    """Raises ExportError where there are no images to set thresholds of 8 bits by."""
+    if not inspector.split.calibration:
+        raise ExportError("8 bits need thresholds of their own, and a model with split.cross has no calibration images")
     if set(inspector.versions.images) - {inspector.split.hashes[record.path] for record in inspector.split.calibration}:
         raise ExportError(
             "8 bits need thresholds of their own, and this model was calibrated anew, on other images than it was fitted "
             "with: export the model as it was fitted, then calibrate the export"
         )
+
+
+def recalibrated(inspector: Inspector, graph: Network) -> Calibration:
+    """What the quantised graph says of the calibration images, by which it decides.
+
+    Raises ExportError where one of them is gone: thresholds of other scores would promise nothing.
+    """
     records, said = [], []
     for record in inspector.split.calibration:
         try:
