@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ CHANGES: dict[str, tuple[Change, str, str, str | None]] = {
     "gears": (lambda draw, one: (one[0] + 1.5 * (one[2] == "gear"), one[1], one[2]), "shift", "score", "gear"),
     "new product": (lambda draw, one: (one[0], one[1] + 99 * (draw.random() < 0.1), one[2]), "unknown", "novelty", None),
     "only the new": (lambda draw, one: (one[0] + 3, one[1] + 99, one[2]), "unknown", "novelty", None),
+    "odd": (
+        lambda draw, one: (one[0], one[1] + 5 * (one[2] != "nut" and draw.random() < 0.2), one[2]),
+        "tail",
+        "novelty",
+        None,
+    ),
     "lens": (lambda draw, one: (one[0], one[1] + 1.0, one[2]), "shift", "novelty", None),
 }
 
@@ -129,6 +136,19 @@ def test_products_that_come_in_runs_and_on_scales_of_their_own_are_no_change() -
         runs = [line.said(line.picture(PRODUCTS[number // 150 % 3])) for number in range(1500)]
         watcher = line.monitor()
         assert bool([alarm for one in runs for alarm in watcher.take(one)]) != named
+
+
+def test_images_called_unknown_leave_scores_as_they_left_calibration() -> None:
+    """Where novelty and score are one, 3 of 10 good images are called unknown: those with the highest scores."""
+    line = Line(seed=3)
+    same = line.calibration.scores
+    line.calibration = Calibration(same, same, same, same, line.calibration.products)
+    line.decision = DecisionSettings(0.05, 0.3)
+    line.judge = Judge(line.calibration, line.decision, PRODUCTS, Preparation(size=4))
+    watcher = line.monitor(1000)
+    findings = line.findings(600, lambda draw, one: (one[0], one[0], one[2]))
+    assert 0.2 < np.mean([one["unknown"] for one in findings]) < 0.4
+    assert [alarm for one in findings for alarm in watcher.take(one)] == []
 
 
 def test_it_goes_on_telling() -> None:

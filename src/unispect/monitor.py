@@ -312,15 +312,14 @@ def _common(calibration: Calibration) -> float:
 
 
 def _weights(calibration: Calibration) -> dict[str | None, float]:
-    """Of charts of scores: half of all weight is with those of single products."""
-    own = _own(calibration)
-    return {None: _common(calibration)} | {name: 1 / (4 * len(own)) for name in own}
+    """Of charts of scores: half of the weight that an image moves is with the two of its product."""
+    return {None: _common(calibration)} | dict.fromkeys(_own(calibration), 1 / 4)
 
 
-def _own(calibration: Calibration) -> list[str]:
+def _own(calibration: Calibration) -> list[str | None]:
     """Products that have charts of their own: not a single one, which those of all are about."""
     names = [name for name in calibration.recognised if name is not None]
-    enough = sorted(name for name in set(names) if names.count(name) >= ENOUGH)
+    enough: list[str | None] = [name for name in sorted(set(names)) if names.count(name) >= ENOUGH]
     return enough if len(set(names)) > 1 else []
 
 

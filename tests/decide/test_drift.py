@@ -141,7 +141,7 @@ def alarms(charts: Charts, p: np.ndarray, run_length: float, products: np.ndarra
 @pytest.mark.parametrize("products", [False, True])
 def test_there_are_no_more_false_alarms_than_promised(products: bool) -> None:
     """n / A of them among n images on average, and the first after A images or more; within three standard errors."""
-    weights: dict[str | None, float] = {None: 0.25, "a": 0.125, "b": 0.125} if products else {None: 0.5}
+    weights: dict[str | None, float] = {None: 0.25, "a": 0.25, "b": 0.25} if products else {None: 0.5}
     count, first = [], []
     for seed in range(60):
         draw = np.random.default_rng(seed)
@@ -173,7 +173,7 @@ def test_it_says_what_has_changed() -> None:
 def test_a_product_that_alone_has_changed_is_named_and_the_others_go_on() -> None:
     """As far as chance allows: now and then the other one has low p-values, too, and then it is told of all."""
     draw = np.random.default_rng(6)
-    charts = Charts({None: 0.25, "a": 0.125, "b": 0.125})
+    charts = Charts({None: 0.25, "a": 0.25, "b": 0.25})
     found = []
     for number in range(1, 2000):
         product = "ab"[number % 2]
@@ -185,10 +185,22 @@ def test_a_product_that_alone_has_changed_is_named_and_the_others_go_on() -> Non
     assert "a" not in found
 
 
+def test_after_an_alarm_charts_of_the_same_begin_anew() -> None:
+    """Those of all images and of the product that is named; other products keep their evidence."""
+    charts = Charts({None: 0.25, "a": 0.25, "b": 0.25})
+    change = None
+    while change is None:
+        assert charts.take(0.5, "b", False, (1, None), 1e6) is None
+        change = charts.take(0.001, "a", False, (2, None), 1e6)
+    assert change.product == "a"
+    heights = {(one["of"], one["kind"]): max(one["rises"]) for one in charts.as_dict()}
+    assert {chart for chart, height in heights.items() if height > 0} == {("b", SHIFT), ("b", TAIL)}
+
+
 def test_charts_go_on_bit_by_bit() -> None:
     draw = np.random.default_rng(7)
     p, names = draw.random(300) ** 1.3, draw.choice(["a", "b"], size=300)
-    weights: dict[str | None, float] = {None: 0.25, "a": 0.125, "b": 0.125}
+    weights: dict[str | None, float] = {None: 0.25, "a": 0.25, "b": 0.25}
     whole, first, second = Charts(weights), Charts(weights), Charts(weights)
     found = alarms(whole, p, 100, names)
     before = alarms(first, p[:123], 100, names[:123])

@@ -15,10 +15,11 @@ does not matter in what order products come, or whether their scores are on one 
 `BULK` alone, brought back to (0, 1); bets on the tail look at whether p is below 0.05 or 0.01 alone.
 
 **Charts.** For a bet e the Shiryaev-Roberts statistic is R = (R + 1) e, from R = 0, at images that the chart is about. E[R]
-grows by at most 1 an image, and so does the mean over bets. A chart of weight w raises an alarm where w R >= A, and drops
-to 0. The weights sum to 1, so over n images the drops sum to n at most, on average, and each is A or more: **the expected
-number of false alarms in n images is at most n / A**, for every n, after alarms as before them. Sums of expectations ask for
-no independence of charts. Charts that share their p-values have a mean time to the first false alarm of A or more, too.
+grows by at most 1 at each, and so does the mean over bets. A chart of weight w raises an alarm where w R >= A, and drops to
+0. The weights of all charts that are about one image sum to 1 at most. So over n images the drops sum to n at most, on
+average, and each is A or more: **the expected number of false alarms in n images is at most n / A**, for every n, after
+alarms as before them, for any number of products. Sums of expectations ask for no independence of charts. Charts that share
+their p-values have a mean time to the first false alarm of A or more, too.
 """
 
 from __future__ import annotations
