@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as renamed
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -25,11 +26,12 @@ from unispect.config import construct, merge, read_toml, settings, write_toml
 from unispect.data.datasets import read_data
 from unispect.data.folder import images_below
 from unispect.data.leak import Seen
-from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
+from unispect.data.loader import Failure, Loader, Preparation, ahead, decode, size_of
 from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import ConformalRule, band, needed, smallest_rate
-from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said
+from unispect.decide.judge import Calibration, DecisionSettings, Judge, Said, normal_regions
+from unispect.decide.regions import NormalRegions
 from unispect.decide.unknown import Novelty
 from unispect.detectors.base import Detector, GradientDetector, HoldsProducts, Recipe, StatisticalDetector, TakesProduct
 from unispect.detectors.methods import METHODS, PROVIDED, build, sections
@@ -455,6 +457,7 @@ class Inspector:
             why = "does not know it: add it without replace" if replace else "knows it already: replace it (--replace)"
             raise ConfigError(f"product {name!r}: the model {why}")
         own = [renamed(record, product=name) for record in records if record.split == "train"]
+        self.decision.check_products([*self.products, name], more=True)
         run = Fit(self.config, cache or FeatureCache(), None, strict, progress)
         part, new, split, facts = run.run_more(own, self.engine)
         if facts["shapes"] != self.facts["shapes"]:
@@ -466,15 +469,16 @@ class Inspector:
             detector.remove(self.products.index(name))
             novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
-        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine)
+        names = [*(other for other in self.products if other != name), name]
+        regions = self.calibration.regions
+        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine, names, regions)
         old, scores, known = self._without(name) if replace else (self.split, self.calibration, self.facts)
         merged = _split_of(
             {role: getattr(old, role) + getattr(split, role) for role in ROLES}, {**old.hashes, **split.hashes}
         )
         about = known | {"failures": known["failures"] + notes["failures"], "marks": known["marks"] | notes["marks"]}
-        names = [other for other in self.products if other != name]
         joined = scores.with_also(calibration)
-        return Inspector(self.config, [*names, name], self.engine, detector, None, novelty, joined, merged, about)
+        return Inspector(self.config, names, self.engine, detector, None, novelty, joined, merged, about)
 
     def without_product(self, name: str) -> Inspector:
         """The same model without a product, whose images and scores leave it, too.
@@ -565,17 +569,19 @@ class Fit:
         self.config, self.cache, self.checkpoint, self.strict = config, cache, checkpoint, strict
         self.tell = progress or (lambda stage, done, total, losses: None)
         self.preparation = construct(Preparation, config["preparation"], "preparation")
+        self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.failures: list[Failure] = []
         self.marks: dict[str, bytes] = {}
 
     def run(self, data: Path | str | Sequence[Record]) -> Inspector:
         split = self.divided(data)
         self.check_promise(split)
+        self.decision.check_products([record.product for record in split.train])
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
         novelty = _acquainted(seen_by["train"], len(names))
-        calibration = self._calibrate(detector, aligner, novelty, split, eyes)
+        calibration = self._calibrate(detector, aligner, novelty, split, eyes, names)
         self._check_calibration(calibration)
         about = facts | seen | self._notes()
         return Inspector(self.config, names, eyes, detector, aligner, novelty, calibration, split, about)
@@ -587,10 +593,17 @@ class Fit:
         return detector.eval(), _acquainted(seen_by["train"], 1), split, facts
 
     def calibrate_more(
-        self, detector: Detector, novelty: Novelty, split: Split, eyes: Engine
+        self,
+        detector: Detector,
+        novelty: Novelty,
+        split: Split,
+        eyes: Engine,
+        names: Sequence[str],
+        known: NormalRegions | None,
     ) -> tuple[Calibration, dict[str, Any]]:
-        """Scores of the calibration images of a split, and what is to be noted of all images."""
-        return self._calibrate(detector, None, novelty, split, eyes), self._notes()
+        """Scores of the calibration images of a split, as others are known, and what is to be noted of all images."""
+        base = None if known is None else known.base
+        return self._calibrate(detector, None, novelty, split, eyes, names, base), self._notes()
 
     def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
         """The detector trained on a split, watched, and what the loop saw."""
@@ -691,6 +704,7 @@ class Fit:
         rate = self.config["decision"]["false_alarm_rate"]
         if len(split.calibration) < needed(rate):
             ConformalRule(np.zeros(max(1, len(split.calibration)))).threshold(rate)
+        self.decision.check_discovery(len(split.calibration))
 
     def divided(self, data: Path | str | Sequence[Record]) -> Split:
         """The images by what each is for."""
@@ -779,23 +793,42 @@ class Fit:
         return names, dict(zip(counts, parts, strict=True)), True
 
     def _calibrate(
-        self, detector: Detector, aligner: Aligner | None, novelty: Novelty, split: Split, eyes: Engine
+        self,
+        detector: Detector,
+        aligner: Aligner | None,
+        novelty: Novelty,
+        split: Split,
+        eyes: Engine,
+        names: Sequence[str],
+        base: float | None = None,
     ) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
         images: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
         strange: list[float] = []
-        with torch.inference_mode():
+        guesses: list[str | None] = []
+        with TemporaryFile() as file, torch.inference_mode():  # maps are many, and wanted twice
             for _, levels in features.batches(8):
                 scores = _aligned(aligner, levels, detector(levels))
                 images += scores.image.tolist()
                 peaks += scores.maps.flatten(1).amax(1).tolist()
                 medians += scores.maps.flatten(1).median(1).values.tolist()
                 strange += novelty(levels).tolist()
-        names = tuple(record.product for record in records)
+                file.write(scores.maps.numpy().astype(np.float32).tobytes())
+                guess = [None] * len(levels[0]) if scores.products is None else scores.products.argmax(1).tolist()
+                guesses += [None if number is None else names[number] for number in guess]
+            file.flush()
+            maps = list(np.memmap(file, np.float32, "r", shape=(len(records), *scores.maps.shape[1:])))
+            regions = normal_regions(maps, guesses, self._sizes(records), self.decision, self.preparation, base)
+        products = tuple(record.product for record in records)
         numbers = {"scores": images, "peaks": peaks, "medians": medians, "novelty": strange}
-        return Calibration(**{name: np.array(values) for name, values in numbers.items()}, products=names)
+        arrays = {name: np.array(values) for name, values in numbers.items()}
+        return Calibration(**arrays, products=products, regions=regions)
+
+    def _sizes(self, records: Sequence[Record]) -> list[tuple[int, int]]:
+        """(width, height) of images, where a minimum size in millimetres asks for it."""
+        return [size_of(record.path) if self.decision.min_size_mm else (1, 1) for record in records]
 
     def _check_calibration(self, calibration: Calibration) -> None:
         rate, count = self.config["decision"]["false_alarm_rate"], len(calibration.scores)

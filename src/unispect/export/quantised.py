@@ -21,7 +21,7 @@ import torch
 
 from unispect.data.loader import decode
 from unispect.data.records import Record
-from unispect.decide.judge import Calibration
+from unispect.decide.judge import Calibration, normal_regions
 from unispect.errors import ExportError, ImageError, MissingExtraError
 from unispect.export.program import Judged
 from unispect.inspector import Inspector
@@ -118,20 +118,25 @@ def recalibrated(inspector: Inspector, graph: Network) -> Calibration:
     Raises ExportError where one of them is gone: thresholds of other scores would promise nothing.
     """
     records = inspector.split.calibration
-    said = []
+    said, sizes = [], []
     for record in records:
         try:
-            said.append(graph.prepared(inspector.preparation.image(decode(record.path))))
+            image = decode(record.path)
         except ImageError as error:
             if record.path.is_file():
                 continue  # it could not be read when the model was learnt, either
             raise ExportError(f"8 bits need thresholds of their own, and a calibration image is gone: {error}") from error
+        said.append(graph.prepared(inspector.preparation.image(image)))
+        sizes.append((image.shape[1], image.shape[0]))
+    guesses = [inspector.judge.resembles(one["product"][0] if "product" in one else None)[0] for one in said]
+    maps = [one["map"][0] for one in said]
     return Calibration(
         scores=np.array([one["score"][0] for one in said], np.float64),
-        peaks=np.array([one["map"].max() for one in said], np.float64),
-        medians=np.array([np.median(one["map"]) for one in said], np.float64),
+        peaks=np.array([one.max() for one in maps], np.float64),
+        medians=np.array([np.median(one) for one in maps], np.float64),
         novelty=np.array([one["novelty"][0] for one in said], np.float64),
         products=inspector.calibration.products,
+        regions=normal_regions(maps, guesses, sizes, inspector.decision, inspector.preparation),
     )
 
 
