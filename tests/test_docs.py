@@ -76,6 +76,21 @@ def test_the_example_of_monitoring_notices_the_dim_lamp(
     assert "Check light, lens and camera" in capsys.readouterr().out
 
 
+def test_the_page_on_regions_shows_the_example_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example, page = ROOT / "docs_src" / "regions.py", (ROOT / "docs" / "regions.md").read_text("utf-8")
+    assert f"```python\n{example.read_text('utf-8')}```" in page
+    whole, learn = unispect.write_products, unispect.Inspector.fit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNISPECT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unispect.data.factory.write_products", lambda root, train: whole(Path(root), train, 2, 1, 64))
+    small = {"preparation": {"size": 64}, "training": {"steps": 4}}
+    monkeypatch.setattr(unispect.Inspector, "fit", lambda data, config: learn(data, config | small))
+    runpy.run_path(str(example))
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()} <= {"True", "False"}
+
+
 def test_the_quick_file_holds_the_defaults() -> None:
     assert read_toml(ROOT / "configs" / "quick.toml") == complete(None)
 

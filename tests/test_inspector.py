@@ -226,6 +226,36 @@ def test_a_region_covers_what_is_wrong(inspector: Inspector) -> None:
     assert best.bottom > 40
 
 
+def test_regions_have_a_p_value_and_a_size(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+    decision = replace(inspector.decision, regions="discovery", discovery_rate=0.3, mm_per_pixel=0.1)
+    other = inspector.with_versions(inspector.versions.then("test", "other regions", decision))
+    loaded = Inspector.load(other.save(tmp_path / "m"))
+    finding = loaded.inspect(noise(SIDE, 2 * SIDE))
+    assert isinstance(finding, Finding)
+    assert same(finding, other.inspect(noise(SIDE, 2 * SIDE)))  # type: ignore[arg-type]
+    assert finding.regions
+    for region in finding.regions:
+        assert 0 < region.p_value <= 1
+        assert region.area <= (region.right - region.left) * (region.bottom - region.top)
+        assert region.area_mm2 == pytest.approx(region.area * 0.01)
+    assert set(finding.as_dict()["regions"][0]) >= {"p_value", "area_mm2", "promised"}
+
+
+def test_regions_that_cannot_be_promised_are_refused_before_learning(own: Path, cache: FeatureCache) -> None:
+    def fit(**decision: Any) -> None:
+        Inspector.fit(own, CONFIG | {"decision": {"false_alarm_rate": 0.2} | decision}, cache=cache, progress=no_step)
+
+    def no_step(stage: str, done: int, total: int, losses: dict[str, float]) -> None:
+        raise AssertionError(stage)
+
+    with pytest.raises(CalibrationError, match=r"4 calibration images cannot support discovery_rate=0\.1: at least 9"):
+        fit(regions="discovery")
+    with pytest.raises(ConfigError, match="unknown product 'gaer': did you mean 'gear'"):
+        fit(mm_per_pixel={"gaer": 0.1})
+    with pytest.raises(ConfigError, match=r"\[decision\] min_size_mm=2.0 needs mm_per_pixel"):
+        fit(min_size_mm=2)
+
+
 def test_findings_keep_the_order_around_broken_files(inspector: Inspector, products: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")

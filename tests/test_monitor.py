@@ -142,7 +142,7 @@ def test_images_called_unknown_leave_scores_as_they_left_calibration() -> None:
     """Where novelty and score are one, 3 of 10 good images are called unknown: those with the highest scores."""
     line = Line(seed=3)
     same = line.calibration.scores
-    line.calibration = Calibration(same, same, same, same, line.calibration.products)
+    line.calibration = replace(line.calibration, peaks=same, medians=same, novelty=same)
     line.decision = DecisionSettings(0.05, 0.3)
     line.judge = Judge(line.calibration, line.decision, PRODUCTS, Preparation(size=4))
     watcher = line.monitor(1000)

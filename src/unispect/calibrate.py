@@ -151,7 +151,7 @@ def recalibrated(
     if not normal:
         raise DataError(f"data: {len(records)} images, none of them to calibrate on: expected good images in train/good")
     contents, notes = _new(model, normal, set(model.versions.images) if add else set())
-    found, readable, more = _calibration(model, list(contents), strict)
+    found, readable, more = _calibration(model, list(contents), strict, add)
     if not readable:
         raise DataError(f"none of {len(normal)} images is left to calibrate on: {'; '.join([*notes, *more])}")
     joined = model.versions.current.calibration.with_also(found) if add else found
@@ -162,7 +162,9 @@ def recalibrated(
     return _changed(model, versions, [*notes, *more])
 
 
-def _calibration(model: Decides, records: Sequence[Record], strict: bool) -> tuple[Calibration, list[Record], list[str]]:
+def _calibration(
+    model: Decides, records: Sequence[Record], strict: bool, add: bool
+) -> tuple[Calibration, list[Record], list[str]]:
     """What the model says of the images that can be read, which these are, and notes."""
     readable: list[Record] = []
     failures: list[str] = []
@@ -175,7 +177,9 @@ def _calibration(model: Decides, records: Sequence[Record], strict: bool) -> tup
                 readable.append(record)
                 yield one
 
-    found = calibration_of(said(), readable, model.products)
+    judge, known = model.judge, model.judge.calibration.regions
+    base = known.base if add and known is not None else None
+    found = calibration_of(said(), readable, model.products, judge.decision, judge.preparation, base)
     notes = [f"left out, as they cannot be read: {len(failures)} ({_some(failures)})"] if failures else []
     strange = int((found.novelty > model.judge.unknown_threshold).sum())
     notes += [f"{strange} of {len(readable)} images are unlike every product that the model knows"] if strange else []

@@ -200,7 +200,7 @@ def _sequence(value: Any, wanted: Any) -> Any:
 
 
 _SPELT: dict[Any, str] = {bool: "true or false", NoneType: "nothing", str: "text", Path: "a path", float: "a number"}
-_SPELT |= {int: "a whole number"}
+_SPELT |= {int: "a whole number", dict: "a table"}
 
 
 def _spelt(wanted: Any) -> str:

@@ -131,6 +131,7 @@ def crossed(detector: Crossed, novelty: CrossedNovelty, parts: Sequence[Calibrat
         peaks=_standard(places, [part.peaks for part in parts]),
         medians=_standard(places, [part.medians for part in parts]),
         novelty=_ranks(_standard(strange, [part.novelty for part in parts])),
+        regions=None,
     )
 
 

@@ -498,6 +498,7 @@ class Inspector:
             why = "does not know it: add it without replace" if replace else "knows it already: replace it (--replace)"
             raise ConfigError(f"product {name!r}: the model {why}")
         own = [changed(record, product=name) for record in records if record.split == "train"]
+        self.decision.check_products([*self.products, name], more=True)
         run = Fit(self.config, cache or FeatureCache(), None, strict, progress)
         part, new, split, facts = run.run_more(own, self.engine)
         if facts["shapes"] != self.facts["shapes"]:
@@ -511,7 +512,7 @@ class Inspector:
             novelty.remove(self.products.index(name))
         assert isinstance(detector, Detector)
         names = [*(other for other in self.products if other != name), name]
-        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine, names)
+        calibration, notes = run.calibrate_more(detector, novelty, split, self.engine, names, self.calibration)
         old, scores, known = self._without(name) if replace else (self.split, self.calibration, self.facts)
         merged = _split_of(
             {role: getattr(old, role) + getattr(split, role) for role in ROLES}, {**old.hashes, **split.hashes}
@@ -624,12 +625,14 @@ class Fit:
         self.config, self.cache, self.checkpoint, self.strict = config, cache, checkpoint, strict
         self.tell = progress or (lambda stage, done, total, losses: None)
         self.preparation = construct(Preparation, config["preparation"], "preparation")
+        self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.failures: list[Failure] = []
         self.marks: dict[str, bytes] = {}
 
     def run(self, data: Path | str | Sequence[Record], command: str) -> Inspector:
         split = self.divided(data)
         self.check_promise(split)
+        self.decision.check_products([record.product for record in split.train])
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         if self.config["split"]["cross"]:
             return self._crossed(split, eyes, command)
@@ -640,7 +643,7 @@ class Fit:
         self._check_calibration(calibration)
         about = facts | seen | self._notes()
         images = {split.hashes[record.path]: str(record.path) for record in split.calibration}
-        versions = Versions.first(self._decision, calibration, images, command, "fitted")
+        versions = Versions.first(self.decision, calibration, images, command, "fitted")
         return Inspector(self.config, names, eyes, detector, aligner, novelty, versions, split, about)
 
     def _crossed(self, split: Split, eyes: Engine, command: str) -> Inspector:
@@ -651,7 +654,7 @@ class Fit:
         novelty = CrossedNovelty([part.novelty for part in parts])
         calibration = crossed(detector, novelty, [part.calibration for part in parts])
         self._check_calibration(calibration)
-        versions = Versions.first(self._decision, calibration, {}, command, "fitted")
+        versions = Versions.first(self.decision, calibration, {}, command, "fitted")
         facts = parts[0].facts | self._notes()
         return Inspector(self.config, parts[0].names, eyes, detector, None, novelty, versions, split, facts)
 
@@ -685,10 +688,17 @@ class Fit:
         return detector.eval(), _acquainted(seen_by["train"], 1), split, facts
 
     def calibrate_more(
-        self, detector: Detector, novelty: Novelty, split: Split, eyes: Engine, names: Sequence[str]
+        self,
+        detector: Detector,
+        novelty: Novelty,
+        split: Split,
+        eyes: Engine,
+        names: Sequence[str],
+        known: Calibration,
     ) -> tuple[Calibration, dict[str, Any]]:
-        """Scores of the calibration images of a split, and what is to be noted of all images."""
-        return self._calibrate(detector, None, novelty, split, eyes, names), self._notes()
+        """Scores of the calibration images of a split, to join those known, and what is to be noted of all images."""
+        base = None if known.regions is None else known.regions.base
+        return self._calibrate(detector, None, novelty, split, eyes, names, base), self._notes()
 
     def again(self, split: Split, eyes: Engine, watch: Watch) -> tuple[Detector, History]:
         """The detector trained on a split, watched, and what the loop saw."""
@@ -787,7 +797,7 @@ class Fit:
     def check_promise(self, split: Split) -> None:
         """Raises CalibrationError where there are too few calibration images, before anything is learnt in vain."""
         used = split.train if self.config["split"]["cross"] else split.calibration
-        check_support([record.group for record in used], self._decision)
+        check_support([record.group for record in used], self.decision)
 
     def divided(self, data: Path | str | Sequence[Record]) -> Split:
         """The images by what each is for."""
@@ -810,10 +820,6 @@ class Fit:
                     raise ImageError(f"{record.path}: no such file")
                 self.failures.append(Failure(record.path, "no such file"))
         return [record for record in records if record.path.is_file()]
-
-    @property
-    def _decision(self) -> DecisionSettings:
-        return construct(DecisionSettings, self.config["decision"], "decision")
 
     @property
     def key(self) -> str:
@@ -890,6 +896,7 @@ class Fit:
         split: Split,
         eyes: Engine,
         names: Sequence[str],
+        base: float | None = None,
     ) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
 
@@ -899,7 +906,7 @@ class Fit:
                     scores, novel = _aligned(aligner, levels, detector(levels)), novelty(levels)
                     yield from (_said(scores, place, float(novel[place])) for place in range(len(novel)))
 
-        return calibration_of(said(), records, names)
+        return calibration_of(said(), records, names, self.decision, self.preparation, base)
 
     def _check_calibration(self, calibration: Calibration) -> None:
         rate, count = self.config["decision"]["false_alarm_rate"], len(calibration.scores)

@@ -381,7 +381,7 @@ def _mapped(look: _Look, config: Mapping[str, Any]) -> int:
 def _text(split: Split) -> int:
     """Bytes of what a model says of its images: where they are, what they scored, and their fingerprints in hexadecimal."""
     said, images = split.as_dict(), sum(map(len, (split.train, split.held_out, split.calibration)))
-    return len(json.dumps(said, indent=1)) + images * (2 * SIDE**2 + 80) + 100 * len(split.calibration)
+    return len(json.dumps(said, indent=1)) + images * (2 * SIDE**2 + 80) + 170 * len(split.calibration)
 
 
 def _minutes(

@@ -57,7 +57,14 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A connected part of the map above the pixel threshold. Pixels of the original image; the box is half-open."""
+    """A connected part of the map that stands out. Pixels of the original image; the box is half-open.
+
+    peak       of the map, in its units
+    p_value    share of normal images that have a region as high anywhere, the image itself among them
+    area_mm2   its area in square millimetres where the scale is known (decision.mm_per_pixel)
+    promised   whether the promise for regions speaks of it; False for the surroundings of the highest place of an anomalous
+               image none of whose parts passes
+    """
 
     left: int
     top: int
@@ -65,6 +72,9 @@ class Region:
     bottom: int
     peak: float
     area: int
+    p_value: float = 1.0
+    area_mm2: float | None = None
+    promised: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ class Finding:
     product   name of the known product that it resembles most; None where the model knows no names
     map       (h, w) float32 anomaly scores over the image (its centre square with fit="crop"), in units of the
               calibration normals: 0 is their median, 1 the pixel threshold
-    regions   of an anomalous image; where no place reaches the pixel threshold, the surroundings of the highest
+    regions   of an anomalous image, by the rule `decision.regions`; where no part passes, the surroundings of the highest
     width, height   of the original image after EXIF rotation, pixels
     unaligned the score before products were brought to one scale: for plots only; None where nothing aligns it
     unknown   whether it shows a product that the model has never seen: it resembles none, `product` is None, and neither

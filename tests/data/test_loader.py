@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unispect.data.loader import Failure, Loader, Preparation, ahead, decode, extensions, read_mask
+from unispect.data.loader import Failure, Loader, Preparation, ahead, decode, extensions, read_mask, size_of
 from unispect.data.records import Record
 from unispect.errors import ConfigError, DataError, ImageError
 
@@ -140,6 +140,7 @@ def test_exif_rotation_is_undone(tmp_path: Path, ending: str, orientation: int) 
     found = decode(path)
     assert found.shape == (16, 32, 3)
     assert np.abs(found.astype(int) - grey(upright)).max() <= 2
+    assert size_of(path) == (32, 16)
 
 
 def test_16_bits_are_rotated_too(tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_16_bits_are_rotated_too(tmp_path: Path) -> None:
 def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.jpg", COLOUR, exif=b"Exif\x00\x00this is no TIFF header at all")
     assert decode(path).shape == (6, 9, 3)
+    assert size_of(path) == (9, 6)
 
 
 @pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
@@ -421,6 +423,7 @@ def test_a_box_on_the_map_covers_the_same_place_of_the_image(height: int, width:
 def test_boxes_and_masks_agree(tmp_path: Path, fit: str) -> None:
     """Paint a box of the map on the original: as a mask it marks that box and no other place."""
     preparation = Preparation(32, fit)
+    assert preparation.place_area(16, 160, 96) * 16**2 == (160 * 96 if preparation.fit == "squash" else 96 * 96)
     left, top, right, bottom = preparation.box_to_original(3, 5, 7, 6, 16, 160, 96)
     mask = np.zeros((96, 160), bool)
     mask[top:bottom, left:right] = True

@@ -26,7 +26,13 @@ SIDE = 64
 SMALL: dict[str, Any] = {
     "preparation": {"size": SIDE},
     "features": {"engine": "torch"},
-    "decision": {"false_alarm_rate": 0.2},
+    "decision": {
+        "false_alarm_rate": 0.2,
+        "regions": "discovery",
+        "discovery_rate": 0.3,
+        "min_size_mm": 0.5,
+        "mm_per_pixel": {"fabric": 0.1, "gear": 0.05},
+    },
     "opca": {"map_side": SIDE},
 }
 
@@ -65,6 +71,11 @@ def test_findings_are_those_of_the_model(loaded: runtime.Inspector, inspector: I
         for name in ("path", "anomalous", "p_value", "product", "unknown", "width", "height", "threshold"):
             assert getattr(one, name) == getattr(other, name), name
         assert len(one.regions) == len(other.regions)
+        for part, same in zip(one.regions, other.regions, strict=True):
+            assert part.p_value == same.p_value
+            assert part.promised == same.promised
+            assert part.area == pytest.approx(same.area, rel=0.05)
+            assert part.area_mm2 == pytest.approx(part.area * {"fabric": 0.01, "gear": 0.0025}[str(one.product)], rel=0.05)
 
 
 def test_every_kind_of_source(loaded: runtime.Inspector, products: Path) -> None:

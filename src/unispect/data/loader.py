@@ -69,6 +69,12 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return _union(path, max_pixels) if path.is_dir() else _mask(path, max_pixels)
 
 
+def size_of(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of an image file, upright, pixels. It is decoded: what a header says of rotation differs by format."""
+    with named(str(path)), opened(path, max_pixels) as image:
+        return image.size
+
+
 def _mask(path: Path, max_pixels: int) -> np.ndarray:
     with opened(path, max_pixels) as image:
         return marked(image)
@@ -311,6 +317,11 @@ class Preparation:
             -_place(right, map_size, -across, -width),  # the floor of the negative: rounded up
             -_place(bottom, map_size, -down, -height),
         )
+
+    def place_area(self, side: int, width: int, height: int) -> float:
+        """Pixels of an original image (width, height) that a place of a (side, side) map covers."""
+        across, down = self._shown(width, height)
+        return across * down / side**2
 
     def _shown(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the part that is seen, in the middle of the image."""

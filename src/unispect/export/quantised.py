@@ -138,7 +138,7 @@ def recalibrated(inspector: Inspector, graph: Network) -> Calibration:
             raise ExportError(f"8 bits need thresholds of their own, and a calibration image is gone: {error}") from error
         said.append(said_of(prepared))
         records.append(record)
-    return calibration_of(said, records, inspector.products)
+    return calibration_of(said, records, inspector.products, inspector.decision, inspector.preparation)
 
 
 class _Reader:

@@ -75,6 +75,18 @@ class Runs:
         """Number of parts."""
         return int(self.part.max()) + 1 if len(self.part) else 0
 
+    @property
+    def areas(self) -> np.ndarray:
+        """Pixels of each part, (count,)."""
+        return np.bincount(self.part, weights=self.stop - self.start, minlength=self.count).astype(int)
+
+    def labels(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Numbers 1..count of the parts, 0 elsewhere, (h, w)."""
+        steps = np.zeros((shape[0], shape[1] + 1), np.int32)
+        steps[self.row, self.start] += self.part + 1
+        steps[self.row, self.stop] -= self.part + 1
+        return np.cumsum(steps, axis=1, dtype=np.int32)[:, :-1]
+
 
 def _joined(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The lowest of all numbers below `count` that each is joined with by pairs, (p,) and (p,) -> (count,)."""
@@ -92,9 +104,7 @@ def _joined(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """Numbers 1..n of the connected parts of a mask, 0 elsewhere: (h, w) -> (h, w), n."""
     runs = Runs.of(mask)
-    labelled = np.zeros(np.shape(mask), np.int32)
-    labelled[np.asarray(mask, bool)] = np.repeat(runs.part + 1, runs.stop - runs.start)
-    return labelled, runs.count
+    return runs.labels(np.shape(mask)), runs.count
 
 
 def regions(scores: np.ndarray, threshold: float, min_area: int = 1) -> list[tuple[int, int, int, int, float, int]]:
@@ -102,20 +112,23 @@ def regions(scores: np.ndarray, threshold: float, min_area: int = 1) -> list[tup
 
     Boxes are half-open and, like the area, in pixels of the map. Parts smaller than `min_area` are left out.
     """
-    mask = scores > threshold
-    runs = Runs.of(mask)
+    large = (region for region in bounds(scores, Runs.of(scores > threshold)) if region[5] >= min_area)
+    return sorted(large, key=lambda region: (-region[4], region[1], region[0]))
+
+
+def bounds(scores: np.ndarray, runs: Runs) -> Iterator[tuple[int, int, int, int, float, int]]:
+    """As `regions`, of all parts of a mask of the map, in the order of their numbers."""
     lengths, peaks = runs.stop - runs.start, np.full(runs.count, -np.inf)
-    np.maximum.at(peaks, np.repeat(runs.part, lengths), scores[mask])
+    np.maximum.at(peaks, np.repeat(runs.part, lengths), scores[runs.labels(scores.shape) > 0])
     columns = [
         _extreme(np.minimum, runs.start, runs),
         _extreme(np.minimum, runs.row, runs),
         _extreme(np.maximum, runs.stop, runs),
         _extreme(np.maximum, runs.row + 1, runs),
         peaks,
-        np.bincount(runs.part, weights=lengths, minlength=runs.count).astype(int),
+        runs.areas,
     ]
-    large = (region for region in _rows(columns) if region[5] >= min_area)
-    return sorted(large, key=lambda region: (-region[4], region[1], region[0]))
+    yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _extreme(extreme: np.ufunc, values: np.ndarray, runs: Runs) -> np.ndarray:
@@ -124,10 +137,6 @@ def _extreme(extreme: np.ufunc, values: np.ndarray, runs: Runs) -> np.ndarray:
     reduced[runs.part] = values  # any of the part's own to begin with
     extreme.at(reduced, runs.part, values)
     return reduced
-
-
-def _rows(columns: list[np.ndarray]) -> Iterator[tuple[int, int, int, int, float, int]]:
-    yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _region_share(counts: Curve, maps: Arrays, masks: Arrays) -> np.ndarray:
