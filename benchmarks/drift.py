@@ -1,9 +1,10 @@
 """False alarms and delays of `unispect monitor`, beside a chart of means and a Kolmogorov-Smirnov window.
 
-    python benchmarks/drift.py
+    python benchmarks/drift.py [--data ../shared/realdata MODEL ...]
 
 Scores and novelty are drawn, so that the truth is known. The baselines are told the distribution and are set, by simulation,
 to the run length that the monitor promises; what they do with 200 calibration images and textbook limits stands beside.
+Each MODEL, exported from a fit on DATA, inspects its test images: good ones product by product, then mixed with defective.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,18 @@ import numpy as np
 from scipy import special
 
 from unispect.benchmark import environment
+from unispect.data.datasets import read_data
+from unispect.data.records import Record
 from unispect.decide.conformal import ConformalRule
 from unispect.decide.drift import BETS, BULK, SHIFT, Ranks
 from unispect.decide.judge import Calibration, DecisionSettings
-from unispect.monitor import RUN_LENGTH, Monitor
+from unispect.monitor import RUN_LENGTH, Monitor, read_calibration
+from unispect.runtime import Inspector as Runtime
 
 RESULTS = Path(__file__).parent / "results" / "drift.md"
 CALIBRATION, MOST, LAST = 200, 10_000, 3000  # images to calibrate; kept in a pool; looked at after a change
 BATCH, WINDOW = 25, 100  # images in a batch of the charts of means, and in a window, which moves by a batch
+REAL_LENGTH = 1000
 FAR = 6.0  # standard deviations by which defects and unknown products are higher
 LIMITS = {"Shewhart": 3.023, "EWMA": 2.962}  # P(|Z| > 3.023) = 1 / 400; Lucas and Saccucci (1990), weight 0.2, 500 batches
 WEIGHTS = {"Shewhart": 1.0, "EWMA": 0.2}
@@ -86,6 +91,8 @@ def main() -> None:
     """Simulate, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("models", type=Path, nargs="*", help="folders that `unispect export` wrote")
     given = parser.parse_args()
     start = time.process_time()
     found = {
@@ -93,6 +100,7 @@ def main() -> None:
         "baselines": {name: baseline_rates(law, given.runs) for name, law in LAWS.items()},
         "delay": {name: delays(law, given.runs) for name, law in LAWS.items()},
         "told": {case.name: told(case, max(10, given.runs // 5)) for case in CASES},
+        "real": [real(model, read_data(given.data)) for model in given.models],
         "minutes": (time.process_time() - start) / 60,
         "runs": given.runs,
     }
@@ -362,6 +370,40 @@ def first_kind(monitor: Monitor, case: Case, law: Law, draw: np.random.Generator
     return "none"
 
 
+# Real images
+
+
+def real(model: Path, records: Sequence[Record]) -> dict[str, Any]:
+    """Alarms on good test images in the order of products, and how soon 30 % of defective ones among them are noticed."""
+    inspector = Runtime.load(model)
+    test = [record for record in records if record.split == "test"]
+    said = [(record.label, found.as_dict()) for record, found in inspector.findings(test, strict=True)]
+    good, bad = ([finding for label, finding in said if bool(label) == defective] for defective in (False, True))
+    calibration, decision = read_calibration(model)
+    nameless = replace(calibration, products=(None,) * len(calibration.products))
+    return {
+        "model": f"{inspector.about['method']}, {len(calibration.scores)} calibration images",
+        "images": len(good),
+        "alarms": len(alarms(Monitor(calibration, decision, REAL_LENGTH, 0), good)),
+        "pooled": len(alarms(Monitor(nameless, decision, REAL_LENGTH, 0), good)),
+        "bursts": [burst(Monitor(calibration, decision, REAL_LENGTH, seed), good, bad, seed) for seed in range(20)],
+    }
+
+
+def alarms(monitor: Monitor, findings: Sequence[dict[str, Any]]) -> list[int]:
+    return [alarm.at for finding in findings for alarm in monitor.take(finding)]
+
+
+def burst(monitor: Monitor, good: Sequence[dict[str, Any]], bad: Sequence[dict[str, Any]], seed: int) -> int | None:
+    """Images to an alarm from the 201st good one in random order on; 30 % of those are replaced by defective ones."""
+    draw = np.random.default_rng(seed)
+    order = [good[place] for place in draw.permutation(len(good))]
+    mixed = [
+        bad[draw.integers(len(bad))] if place >= 200 and draw.random() < 0.3 else one for place, one in enumerate(order)
+    ]
+    return next((at - 200 for at in alarms(monitor, mixed) if at > 200), None)
+
+
 # The page
 
 
@@ -406,6 +448,17 @@ TOLD = """
 `unispect.monitor.Monitor` itself, {} runs, two products, normal scores, 300 good images before.
 
 """
+REAL = f"""
+## Real images
+
+Command: `python benchmarks/drift.py --data ../shared/realdata MODEL ...`, exported models of benchmarks/speed.py. Run
+length {REAL_LENGTH}. Good test images of eleven products, product by product: alarms of the monitor, and of the same
+monitor told no names, so that all products are one group. Then the same images in random order, 20 times, where from
+the 201st on 30 % are defective ones: how often that is noticed within the 185 images that are left, and when.
+
+| model | good images | alarms | alarms in one group | defects noticed | after, median |
+| --- | ---: | ---: | ---: | ---: | ---: |
+"""
 KINDS = ("shift", "tail", "unknown", "false alarm", "none")
 
 
@@ -429,8 +482,15 @@ def page(found: dict[str, Any], about: dict[str, Any]) -> str:
     text += TOLD.format(max(10, found["runs"] // 5))
     text += f"| | {' | '.join(KINDS)} |\n| --- |" + " ---: |" * len(KINDS) + "\n"
     text += table([case, *(f"{row.get(kind, 0):.0%}" for kind in KINDS)] for case, row in found["told"].items())
+    text += REAL + table(real_row(row) for row in found["real"]) if found["real"] else ""
     text += f"\nRuns: {found['runs']}. {found['minutes']:.1f} minutes of one core.  \n"
     return text + f"Machine: {about['machine']}  \nVersions: {about['versions']}\n"
+
+
+def real_row(row: dict[str, Any]) -> list[Any]:
+    found = sorted(one for one in row["bursts"] if one is not None)
+    middle = f"{np.median(found):.0f} images" if found else "-"
+    return [row["model"], row["images"], row["alarms"], row["pooled"], f"{len(found)} of {len(row['bursts'])}", middle]
 
 
 def table(rows: Iterable[list[Any]]) -> str:

@@ -92,7 +92,7 @@ class Alarm:
         if self.kind == "unknown":
             return "images of an unknown product"
         if self.kind == "tail":
-            return "more high scores than before, the others as they were"
+            return "more high scores than before, the others about as they were"
         way = "risen" if self.up else "fallen"
         return f"all scores have {way}" if self.measure == SCORE else f"the unlikeness to known products has {way}"
 
