@@ -332,8 +332,9 @@ def _planned(
 def _settings(config: Path | None, assignments: Sequence[str], rate: float | None, seed: int | None) -> dict[str, Any]:
     """The file, then --set, then the options of their own: what comes later wins."""
     from unispect.config import assignment, merge, read_toml
+    from unispect.data.masks import located
 
-    table = read_toml(config) if config else {}
+    table = located(read_toml(config), config.parent) if config else {}
     for text in assignments:
         table = merge(table, assignment(text))
     own = {} if rate is None else {"decision": {"false_alarm_rate": rate}}

@@ -27,6 +27,7 @@ from unispect.data.datasets import read_data
 from unispect.data.folder import images_below
 from unispect.data.leak import Seen
 from unispect.data.loader import Failure, Loader, Preparation, ahead, decode
+from unispect.data.masks import ignored, located, mask_files, mentioned
 from unispect.data.nearness import fingerprint
 from unispect.data.records import ROLES, Record, Split, content_hash, split_normals, unit_numbers
 from unispect.decide.conformal import needed, smallest_rate
@@ -43,7 +44,9 @@ from unispect.features.pixels import PixelExtractor
 from unispect.features.pyramid import PyramidExtractor, TrainedEncoder
 from unispect.fit import BATCH, History, Labelled, Watch, fit, learn
 from unispect.nn.alignment import deal
+from unispect.nn.blank import Blank
 from unispect.nn.clusters import discover
+from unispect.nn.recognition import Recogniser
 from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
 from unispect.types import Batch, Features, Finding, Scores
 
@@ -126,14 +129,15 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
 
     Raises ConfigError for unknown names and impossible values, naming the section.
     """
-    given = read_toml(Path(config)) if isinstance(config, Path | str) else dict(config or {})
+    file = Path(config) if isinstance(config, Path | str) else None
+    given = dict(config or {}) if file is None else located(read_toml(file), file.parent)  # type: ignore[arg-type]
     method = given.get("method", "hgad")
     if method not in METHODS:
         raise ConfigError(unknown_name("method", str(method), METHODS))
     aligner = given.get("aligner", NONE)
     if aligner not in (NONE, *ALIGNERS):
         raise ConfigError(unknown_name("aligner", str(aligner), (NONE, *ALIGNERS)))
-    known = {"method", "aligner", "seed", *SECTIONS, *METHODS, *ALIGNERS}
+    known = {"method", "aligner", "seed", "masks", *SECTIONS, *METHODS, *ALIGNERS}
     kind, wanted = METHODS[method], METHODS[method].wants
     if aligner != NONE and (issubclass(kind, StatisticalDetector) or not kind.spares_held_out):
         wanted = merge(wanted, {"split": {"folds": FOLDS}})
@@ -163,9 +167,11 @@ def complete(config: Mapping[str, Any] | Path | str | None = None) -> dict[str, 
         construct(factory, own, name)
         told = settings(factory, own, where=name)
         table[name] = {key: value for key, value in told.items() if value is not None}  # as TOML, which has no null
-    _check_cross(table)
     for name in sections(method, given.get(method, {})):
         table[name] = settings(METHODS[name], merge(wanted.get(name, {}), given.get(name, {})), PROVIDED, name)
+    if masks := mask_files(given.get("masks", {})):
+        table["masks"] = masks
+    _check_cross(table)
     if aligner != NONE:
         table[aligner] = settings(ALIGNERS[aligner], given.get(aligner, {}), OF_ALIGNERS, aligner)
         if not table["split"]["folds"] and not (kind.spares_held_out and table["split"]["held_out"]):
@@ -187,6 +193,8 @@ def _check_cross(table: dict[str, Any]) -> None:
             f"split.cross={table['split']['cross']}: cross-conformal calibration has no promise for each {guarantee}: leave "
             "decision.guarantee out, or split.cross"
         )
+    if crossed and table.get("masks"):
+        raise ConfigError("split.cross: a model of several takes no masks: leave [masks] out, or split.cross")
     if guarantee == "cross" and not crossed:
         raise ConfigError("decision.guarantee='cross': expected split.cross, the number of parts, such as 5, instead")
     table["decision"]["guarantee"] = "cross" if crossed else guarantee
@@ -211,12 +219,14 @@ class Inspector:
         versions: Versions,
         split: Split,
         facts: Mapping[str, Any],
+        blank: Blank | None = None,
     ) -> None:
         self.versions, self.decision = versions, versions.current.decision
         self.config = dict(config) | {"decision": self.decision.as_dict()}
         self.products, self.split, self.calibration = tuple(products), split, versions.current.calibration
         self.engine, self.detector = eyes, detector.eval()
         self.aligner, self.novelty = None if aligner is None else aligner.eval(), novelty.eval()
+        self.blank = blank
         self.preparation = construct(Preparation, config["preparation"], "preparation")
         self.facts = dict(facts)
         self.judge = Judge(self.calibration, self.decision, self.products, self.preparation)
@@ -357,9 +367,10 @@ class Inspector:
     ) -> tuple[Scores, torch.Tensor, dict[int, tuple[Scores, int]]]:
         """Scores without a label, novelty and, where names are given, other scores and a row in them for the images whose
         named product is not the one that they were taken for: told their product, all others score as they do anyway."""
-        features = self.engine(images)
+        features, shown = (self.engine(images), None) if self.blank is None else self.blank.look(images, self.engine)
         plain: Scores = self.detector(features)
-        scores, novelty = _aligned(self.aligner, features, plain), self.novelty(features)
+        scores = _hidden(self.blank, shown, _aligned(self.aligner, features, plain))
+        novelty = self.novelty(features)
         known = {place: self.products.index(name) for place, name in enumerate(names or ()) if name in self.products}
         if _takes_product(self.aligner):
             places = list(known)
@@ -369,6 +380,7 @@ class Inspector:
         if not places:
             return scores, novelty, {}
         told = self._told([level[places] for level in features], plain.of(places), [known[place] for place in places])
+        told = _hidden(self.blank, None if shown is None else shown[places], told)
         return scores, novelty, {place: (told, row) for row, place in enumerate(places)}
 
     def _told(self, features: Features, plain: Scores, products: Sequence[int]) -> Scores:
@@ -391,7 +403,10 @@ class Inspector:
         """
         run = Fit(self.config, cache or FeatureCache(), None, False, progress)
         found, readable = run.read(records, self.split, self.engine, "images")
-        return found, readable
+        if self.blank is None:
+            return found, readable
+        run.blank = self.blank
+        return run.read(readable, self.split, self.engine, "images", _shown_in(found, self.blank))
 
     def train_again(
         self, watch: Watch, *, cache: FeatureCache | None = None, progress: Progress | None = None
@@ -407,6 +422,7 @@ class Inspector:
             raise ConfigError(
                 "split.cross: the model is several, each trained on other images: none can be trained again alone"
             )
+        run.blank = self.blank
         for record in (*self.split.train, *self.split.held_out):
             if not record.path.is_file() or content_hash(record.path) != self.split.hashes.get(record.path):
                 raise DataError(
@@ -423,7 +439,7 @@ class Inspector:
         """
         files = {
             "config.toml": write_toml(self.config).encode(),
-            "weights.safetensors": pack_tensors(_state(self.detector, self.aligner, self.novelty)),
+            "weights.safetensors": pack_tensors(_state(self.detector, self.aligner, self.novelty, self.blank)),
             "calibration.json": _json(self.versions.as_list()),
             "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
             "card.md": self.card().encode(),
@@ -446,8 +462,9 @@ class Inspector:
                 f"see `unispect doctor`, and set features.weights to the file that was used"
             )
         detector, aligner, novelty = _empty(config, about["facts"], len(about["products"]), eyes)
+        blank = _empty_blank(config["preparation"]["size"], about["products"], about["facts"])
         try:
-            _fill(detector, aligner, novelty, unpack_tensors(files["weights.safetensors"]))
+            _fill(detector, aligner, novelty, blank, unpack_tensors(files["weights.safetensors"]))
         except RuntimeError as error:
             raise StoreError(
                 f"{path}: the weights are not those of method {config['method']!r} in this version of unispect: "
@@ -455,7 +472,8 @@ class Inspector:
             ) from error
         versions = Versions.from_list(json.loads(files["calibration.json"]))
         split = Split.from_dict(about["split"])
-        return cls(config, about["products"], eyes, detector, aligner, novelty, versions, split, about["facts"])
+        parts = eyes, detector, aligner, novelty, versions, split, about["facts"], blank
+        return cls(config, about["products"], *parts)
 
     def with_false_alarm_rate(self, rate: float) -> Inspector:
         """The same model under another promise; nothing is learnt anew.
@@ -471,7 +489,7 @@ class Inspector:
         Raises CalibrationError where its calibration images cannot support its promise.
         """
         parts = self.engine, self.detector, self.aligner, self.novelty
-        return Inspector(self.config, self.products, *parts, versions, self.split, self.facts)
+        return Inspector(self.config, self.products, *parts, versions, self.split, self.facts, self.blank)
 
     def with_product(
         self,
@@ -573,6 +591,8 @@ class Inspector:
                 f"aligner {self.config['aligner']!r} learns all products as one, so none can be added or removed alone: "
                 "fit the model again on all of them"
             )
+        if self.blank is not None:
+            raise ConfigError("the model has masks, with which no product is added or removed alone: fit it again on all")
         if self.facts["clustered"]:
             raise ConfigError("the products of this model were found by clustering and have no names: fit it on named ones")
         if not isinstance(self.detector, HoldsProducts):
@@ -598,10 +618,17 @@ class Inspector:
             f"- Scores of products are brought to one scale by: {_alignment(self.config)}.",
             f"- Seed {self.config['seed']}; {_learning(self.facts)}",
             f"- A product it has never seen: {_strangers(self.unknown_threshold, float(self.decision.unknown_rate))}",
+            *self._masks_told(),
             "- Not covered: changes of camera, light or lens.",
             "",
         ]
         return "\n".join(lines)
+
+    def _masks_told(self) -> Iterator[str]:
+        """Which part of which product is not looked at."""
+        for name in self.facts.get("masked", []):
+            assert self.blank is not None
+            yield f"- Not looked at: {self.blank.share(self.products.index(name)):.1%} of images of {name}, by its mask."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -628,23 +655,28 @@ class Fit:
         self.decision = construct(DecisionSettings, config["decision"], "decision")
         self.failures: list[Failure] = []
         self.marks: dict[str, bytes] = {}
+        self.blank: Blank | None = None
 
     def run(self, data: Path | str | Sequence[Record], command: str) -> Inspector:
         split = self.divided(data)
         self.check_promise(split)
         self.decision.check_products([record.product for record in split.train])
+        self.blank = self._blank(split)
         eyes = construct(FeatureSettings, self.config["features"], "features").build()
         if self.config["split"]["cross"]:
             return self._crossed(split, eyes, command)
         names, detector, facts, seen_by = self._learnt(split, eyes)
         aligner, seen = self._learnt_aligner(detector.eval(), seen_by, len(names), eyes)
         novelty = _acquainted(seen_by["train"], len(names))
+        if self.blank is not None and len(names) > 1:
+            self.blank.known = _acquainted(self._unmasked(split, names, eyes), len(names)).known
         calibration = self._calibrate(detector, aligner, novelty, split, eyes, names)
         self._check_calibration(calibration)
-        about = facts | seen | self._notes()
+        about = facts | seen | self._notes() | self._masked()
         images = {split.hashes[record.path]: str(record.path) for record in split.calibration}
         versions = Versions.first(self.decision, calibration, images, command, "fitted")
-        return Inspector(self.config, names, eyes, detector, aligner, novelty, versions, split, about)
+        parts = eyes, detector, aligner, novelty, versions, split, about, self.blank
+        return Inspector(self.config, names, *parts)
 
     def _crossed(self, split: Split, eyes: Engine, command: str) -> Inspector:
         """A model of as many as there are parts of the images, each of which is calibrated on the part that it left out."""
@@ -712,7 +744,7 @@ class Fit:
         gradients = issubclass(METHODS[self.config["method"]], GradientDetector)
         aligned = self.config["aligner"] != NONE and not self.config["split"]["folds"]
         wanted = ("train", "held_out") if gradients or aligned else ("train",)
-        roles = {name: self.read(getattr(split, name), split, eyes, name) for name in wanted}
+        roles = {name: self._read_named(getattr(split, name), split, eyes, name) for name in wanted}
         names, labels, clustered = self._products(split, roles)
         data = {
             name: Labelled(found, labels[name], np.array(unit_numbers(records, split.hashes), np.int64))
@@ -725,6 +757,45 @@ class Fit:
         history, passes = self._learn(detector, data["train"], data.get("held_out"), self.checkpoint, identity, watch)
         about = {"features": eyes.fingerprint, "shapes": [list(shape) for shape in shapes], "clustered": clustered}
         return names, detector, about | {"history": asdict(history), "passes": passes}, data
+
+    # Masks.
+
+    def _blank(self, split: Split) -> Blank | None:
+        """The masks of the settings, filled with the mean of the training images of their products."""
+        if "masks" not in self.config:
+            return None
+        names = sorted({str(record.product) for record in (*split.train, *split.held_out)})
+        sizes: dict[str | None, dict[tuple[int, int], Path]] = {record.product: {} for record in split.train}
+        means = {}
+        for name in (known for known in mentioned(self.config["masks"]) if known in sizes):
+            means[name], sizes[name] = self._mean([record for record in split.train if record.product == name])
+        return Blank.of(names, ignored(self.config["masks"], self.preparation, sizes), means)
+
+    def _mean(self, records: Sequence[Record]) -> tuple[np.ndarray, dict[tuple[int, int], Path]]:
+        """Mean of the prepared images, (3, size, size), and an image for each size that there is."""
+        loader, total, count = Loader(records, self.preparation), np.zeros(1), 0
+        for batch in loader:
+            total = total + batch.images.numpy().sum(0, dtype=np.float64)
+            count += len(batch.images)
+        return total / max(1, count), {size: records[place].path for place, size in loader.sizes.items()}
+
+    def _masked(self) -> dict[str, Any]:
+        """Which products have a mask."""
+        return {"masked": mentioned(self.config["masks"])} if "masks" in self.config else {}
+
+    def _read_named(
+        self, records: Sequence[Record], split: Split, eyes: Engine, stage: str
+    ) -> tuple[FeatureSet, list[Record]]:
+        """As `read`, each image under the mask of the product that it is named as."""
+        if self.blank is None:
+            return self.read(records, split, eyes, stage)
+        names = sorted({str(record.product) for record in (*split.train, *split.held_out)})
+        return self.read(records, split, eyes, stage, [names.index(str(record.product)) for record in records])
+
+    def _unmasked(self, split: Split, names: Sequence[str], eyes: Engine) -> Labelled:
+        """The training images as they are, by which products are recognised before they are masked."""
+        found, records = self.read(split.train, split, eyes, "train, without masks")
+        return Labelled(found, _numbers(records, {name: number for number, name in enumerate(names)}))
 
     # The aligner.
 
@@ -772,7 +843,7 @@ class Fit:
     def _notes(self) -> dict[str, Any]:
         """Facts about the images."""
         return {
-            "failures": [f"{failure.path}: {failure.reason}" for failure in self.failures],
+            "failures": list(dict.fromkeys(f"{failure.path}: {failure.reason}" for failure in self.failures)),
             "marks": {content: mark.hex() for content, mark in self.marks.items()},
         }
 
@@ -826,8 +897,18 @@ class Fit:
         """What features depend on besides the network, for the cache."""
         return json.dumps(asdict(self.preparation), sort_keys=True)
 
-    def read(self, records: Sequence[Record], split: Split, eyes: Engine, stage: str) -> tuple[FeatureSet, list[Record]]:
-        """Features of the images that can be read, and their records."""
+    def read(
+        self,
+        records: Sequence[Record],
+        split: Split,
+        eyes: Engine,
+        stage: str,
+        shown: Sequence[int] | None = None,
+    ) -> tuple[FeatureSet, list[Record]]:
+        """Features of the images that can be read, and their records.
+
+        shown   number of the product of each, whose mask is laid over it; none is unless given
+        """
         if not records:
             raise DataError(f"{stage}: no image is left for it: give more images, or larger shares under [split]")
         contents = [split.hashes.get(record.path) or content_hash(record.path) for record in records]
@@ -840,12 +921,12 @@ class Fit:
             loader = Loader([records[place] for place in wanted], self.preparation, strict=self.strict, witness=witness)
             places = torch.tensor(wanted)
             for batch in loader:
-                yield Batch(batch.images, places[batch.index])
+                yield self._filled(Batch(batch.images, places[batch.index]), shown)
             self.failures += loader.failures
 
         found = self.cache.features(
             [record.path for record in records],
-            contents,
+            self._masked_contents(contents, shown),
             batches,
             eyes,
             self.key,
@@ -856,6 +937,20 @@ class Fit:
         readable = [records[index] for index in found.indices]
         self._mark({content_of[record.path]: record.path for record in readable})
         return found, readable
+
+    def _filled(self, batch: Batch, shown: Sequence[int] | None) -> Batch:
+        """A batch under the masks of products, by place."""
+        if self.blank is None or shown is None:
+            return batch
+        return Batch(self.blank(batch.images, torch.tensor([shown[place] for place in batch.index.tolist()])), batch.index)
+
+    def _masked_contents(self, contents: Sequence[str], shown: Sequence[int] | None) -> list[str]:
+        """Names in the cache for images under the masks of products; of those without a mask, their own."""
+        if self.blank is None or shown is None:
+            return list(contents)
+        marks = {number: self.blank.mark(number) for number in set(shown)}
+        pairs = zip(contents, (marks[number] for number in shown), strict=True)
+        return [sha256(f"{content} {mark}".encode()).hexdigest() if mark else content for content, mark in pairs]
 
     def _mark(self, files: Mapping[str, Path]) -> None:
         """Fingerprints of the images, by content, by which `evaluate` knows near-duplicates; kept in the cache, too."""
@@ -899,11 +994,15 @@ class Fit:
         base: float | None = None,
     ) -> Calibration:
         features, records = self.read(split.calibration, split, eyes, "calibration")
+        shown = [] if self.blank is None else _shown_in(features, self.blank)
+        if self.blank is not None:
+            features, records = self.read(records, split, eyes, "calibration", shown)
 
         def said() -> Iterator[Said]:
             with torch.inference_mode():
-                for _, levels in features.batches(8):
-                    scores, novel = _aligned(aligner, levels, detector(levels)), novelty(levels)
+                for start, (_, levels) in zip(range(0, len(records), 8), features.batches(8), strict=True):
+                    novel, part = novelty(levels), torch.tensor(shown[start : start + 8])
+                    scores = _hidden(self.blank, part, _aligned(aligner, levels, detector(levels)))
                     yield from (_said(scores, place, float(novel[place])) for place in range(len(novel)))
 
         return calibration_of(said(), records, names, self.decision, self.preparation, base)
@@ -921,6 +1020,8 @@ class Fit:
 
     def _identity(self, split: Split, eyes: Engine) -> str:
         about = {"config": self.config, "split": split.as_dict(), "features": eyes.fingerprint}
+        if self.blank is not None:  # a mask may change while its name stays
+            about["masks"] = [self.blank.mark(number) for number in range(len(self.blank.get_buffer("row")))]
         return sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -970,6 +1071,26 @@ def _aligned(aligner: Aligner | None, features: Features, scores: Scores) -> Sco
     return aligned
 
 
+def _hidden(blank: Blank | None, shown: torch.Tensor | None, scores: Scores) -> Scores:
+    """Scores whose maps show nothing where the masks of products ignore it."""
+    if blank is None or shown is None:
+        return scores
+    return changed(scores, maps=blank.hidden(scores.maps, shown))
+
+
+@torch.inference_mode()
+def _shown_in(features: FeatureSet, blank: Blank) -> list[int]:
+    """The number of the product that each image resembles most, by features of what nothing masks yet."""
+    return [number for _, levels in features.batches(8) for number in blank.resembled(levels).tolist()]
+
+
+def _empty_blank(size: int, products: Sequence[str], facts: Mapping[str, Any]) -> Blank | None:
+    """Masks of some products, to be filled; None where none has one."""
+    masked = sorted(products.index(name) for name in facts.get("masked", []))
+    known = Recogniser([shape[0] for shape in facts["shapes"]], len(products)) if len(products) > 1 else None
+    return Blank(masked, len(products), size, known) if masked else None
+
+
 @torch.no_grad()
 def _acquainted(train: Labelled, products: int) -> Novelty:
     """What tells products never seen from those that were learnt."""
@@ -990,22 +1111,29 @@ def _takes_product(aligner: object) -> TypeGuard[AlignsGiven]:
     return isinstance(aligner, AlignsGiven)
 
 
-def _beside(aligner: Aligner | None, novelty: nn.Module) -> nn.ModuleDict:
+def _beside(aligner: Aligner | None, novelty: nn.Module, blank: Blank | None) -> nn.ModuleDict:
     """What is learnt beside a detector, by name."""
-    return nn.ModuleDict({"novelty": novelty} | ({} if aligner is None else {"aligner": aligner}))
+    known = {"novelty": novelty, "aligner": aligner, "blank": blank}
+    return nn.ModuleDict({name: part for name, part in known.items() if part is not None})
 
 
-def _state(detector: Detector, aligner: Aligner | None, novelty: nn.Module) -> dict[str, torch.Tensor]:
+def _state(detector: Detector, aligner: Aligner | None, novelty: nn.Module, blank: Blank | None) -> dict[str, torch.Tensor]:
     """All that was learnt, by name."""
-    more = _beside(aligner, novelty).state_dict()
+    more = _beside(aligner, novelty, blank).state_dict()
     return {**detector.state_dict(), **{f"{BESIDE}{name}": value for name, value in more.items()}}
 
 
-def _fill(detector: Detector, aligner: Aligner | None, novelty: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+def _fill(
+    detector: Detector,
+    aligner: Aligner | None,
+    novelty: nn.Module,
+    blank: Blank | None,
+    state: Mapping[str, torch.Tensor],
+) -> None:
     """Put what `_state` gave in its place. Raises RuntimeError where it does not fit."""
     detector.load_state_dict({name: value for name, value in state.items() if not name.startswith(BESIDE)})
     own = {name.removeprefix(BESIDE): value for name, value in state.items() if name.startswith(BESIDE)}
-    _beside(aligner, novelty).load_state_dict(own)
+    _beside(aligner, novelty, blank).load_state_dict(own)
 
 
 def _said(scores: Scores, place: int, novelty: float) -> Said:

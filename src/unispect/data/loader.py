@@ -31,6 +31,7 @@ COMMON = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 UNSUPPORTED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PDF"}
 GREY_MODES = {"1", "L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
+SUPPORTS = {"bilinear": 1, "lanczos": 3}  # pixels to either side, of the larger of both grids
 FITS = ("squash", "crop")
 POINTER = b"version https://git-lfs"
 SLICE = re.compile(r"(.+\.npy)#(\d+)")
@@ -302,6 +303,19 @@ class Preparation:
         """The mask on the places of a map, (side, side) bool, nearest neighbour."""
         image = Image.fromarray(read_mask(path, max_pixels).astype(np.uint8))
         return np.array(np.asarray(self._square(image, side, Image.Resampling.NEAREST)) != 0)
+
+    def touched(self, mask: np.ndarray) -> np.ndarray:
+        """Pixels of the prepared image into which a marked one enters, however little, (H, W) bool -> (size, size) bool."""
+        across, down = self._shown(mask.shape[1], mask.shape[0])
+        rows, columns = self._entering(mask.shape[0], down), self._entering(mask.shape[1], across)
+        return np.array(rows @ mask.astype(np.float32) @ columns.T > 0.5)
+
+    def _entering(self, length: int, shown: int) -> np.ndarray:
+        """Which pixels of a line enter into each of the new ones when Pillow resizes it, (size, length), 0 or 1."""
+        scale = shown / self.size
+        middles = (length - shown) / 2 + (np.arange(self.size) + 0.5) * scale
+        apart = np.abs(np.arange(length) + 0.5 - middles[:, None])
+        return (apart < SUPPORTS[self.filter] * max(scale, 1.0) - 1e-6).astype(np.float32)
 
     def box_to_original(
         self, left: int, top: int, right: int, bottom: int, map_size: int, width: int, height: int

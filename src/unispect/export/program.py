@@ -101,6 +101,7 @@ class Judged(nn.Module):
         super().__init__()
         self.size, self.network = inspector.preparation.size, inspector.engine.network
         self.detector, self.aligner, self.novelty = inspector.detector, inspector.aligner, inspector.novelty
+        self.blank = inspector.blank
         with torch.no_grad():
             said = self._said(torch.zeros(2, 3, self.size, self.size))
         self.names = tuple(name for name, value in zip(NAMES, said, strict=True) if value is not None)
@@ -110,8 +111,16 @@ class Judged(nn.Module):
         return tuple(value for value in self._said(prepared) if value is not None)
 
     def _said(self, prepared: Tensor) -> tuple[Tensor | None, ...]:
-        features: Features = self.network(prepared)
+        if self.blank is None:
+            features: Features = self.network(prepared)
+            scores = self._scored(features)
+            return scores.image, scores.maps, scores.products, self.novelty(features)
+        features, shown = self.blank.look(prepared, self.network)
+        scores = self._scored(features)
+        return scores.image, self.blank.hidden(scores.maps, shown), scores.products, self.novelty(features)
+
+    def _scored(self, features: Features) -> Scores:
         scores: Scores = self.detector(features)
         if self.aligner is not None:
             scores = self.aligner(features, scores)
-        return scores.image, scores.maps, scores.products, self.novelty(features)
+        return scores
