@@ -373,7 +373,7 @@ class Judge:
         self.images = Rules(calibration.scores, calibration, decision)
         self._normal = _fitting(calibration.regions, decision)
         heights = calibration.peaks if self._normal is None else self._normal.tops
-        self.pixels = Rules(heights, calibration, decision)
+        self.pixels, self._highest = Rules(heights, calibration, decision), float(heights.max())
         self.strangers = ConformalRule(calibration.novelty)
         known = {*calibration.recognised, None} if decision.guarantee == "product" else {None}
         self._thresholds = {name: self._threshold(name) for name in known}
@@ -431,7 +431,7 @@ class Judge:
         if not found:
             level = self.calibration.median + 0.8 * (float(said.map.max()) - self.calibration.median)
             highest = regions(said.map, min(level, self._pixel_threshold(product)), 1)[:1]
-            top = height(said.map, least)
+            top = height(said.map, least, self._highest)
             return tuple(self._region(box, top, False, *about) for box in highest)
         return tuple(self._region(part.above(level), part.height, True, *about) for part in found)
 
@@ -462,8 +462,8 @@ class Judge:
         """Parts of a map that the rule reports, highest first, and the level that they exceed."""
         if self._normal is None or self.decision.regions == "family":
             level = self._pixel_threshold(product)
-            return candidates(scores, level, least), level
-        found = candidates(scores, self._normal.base, least)
+            return candidates(scores, level, least, self._highest), level
+        found = candidates(scores, self._normal.base, least, self._highest)
         count, level = self._normal.discovered([part.height for part in found], self.decision.discovery_rate)
         return found[:count], level
 

@@ -54,10 +54,15 @@ class Candidate:
         return left, top, right, bottom, float(self.inside.max()), len(rows)
 
 
-def height(scores: np.ndarray, least: int) -> float:
-    """Highest level t at which {scores >= t} has a connected part of `least` pixels; -inf where there is none."""
+def height(scores: np.ndarray, least: int, cap: float = np.inf) -> float:
+    """Highest level t at which {scores >= t} has a connected part of `least` pixels; -inf where there is none.
+
+    cap   a level above which it does not matter how high: what reaches above it has the next number to it as its height
+    """
     if least <= 1:
         return float(scores.max())
+    if np.count_nonzero(scores > np.float64(cap)) >= least and Runs.of(scores > np.float64(cap)).areas.max() >= least:
+        return float(np.nextafter(cap, np.inf))
     levels = np.sort(scores[scores > -np.inf])[::-1]
 
     def reaches(place: int) -> bool:
@@ -74,16 +79,16 @@ def height(scores: np.ndarray, least: int) -> float:
     return float(levels[high])
 
 
-def candidates(scores: np.ndarray, level: float, least: int) -> list[Candidate]:
-    """Parts of {scores > level} of at least `least` pixels, highest first."""
+def candidates(scores: np.ndarray, level: float, least: int, cap: float = np.inf) -> list[Candidate]:
+    """Parts of {scores > level} of at least `least` pixels, highest first; cap as in `height`."""
     runs = Runs.of(scores > np.float64(level))  # a bare float would be rounded to the map's precision
     labels, found = runs.labels(scores.shape), []
     for number, (left, top, right, bottom, _, area) in enumerate(bounds(scores, runs), start=1):
         if area >= least:
             box = slice(top, bottom), slice(left, right)
             inside = np.where(labels[box] == number, scores[box], -np.inf)
-            found.append(Candidate(left, top, inside, height(inside, least)))
-    return sorted(found, key=lambda part: (-part.height, part.top, part.left))
+            found.append(Candidate(left, top, inside, height(inside, least, cap)))
+    return sorted(found, key=lambda part: (-part.height, -part.inside.max(), part.top, part.left))
 
 
 def discovered(heights: np.ndarray, normal: np.ndarray, images: int, rate: float) -> tuple[int, float]:

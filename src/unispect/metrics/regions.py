@@ -118,8 +118,8 @@ def regions(scores: np.ndarray, threshold: float, min_area: int = 1) -> list[tup
 
 def bounds(scores: np.ndarray, runs: Runs) -> Iterator[tuple[int, int, int, int, float, int]]:
     """As `regions`, of all parts of a mask of the map, in the order of their numbers."""
-    lengths, peaks = runs.stop - runs.start, np.full(runs.count, -np.inf)
-    np.maximum.at(peaks, np.repeat(runs.part, lengths), scores[runs.labels(scores.shape) > 0])
+    peaks = np.full(runs.count, -np.inf)
+    np.maximum.at(peaks, runs.part, _highest(scores, runs))
     columns = [
         _extreme(np.minimum, runs.start, runs),
         _extreme(np.minimum, runs.row, runs),
@@ -129,6 +129,16 @@ def bounds(scores: np.ndarray, runs: Runs) -> Iterator[tuple[int, int, int, int,
         runs.areas,
     ]
     yield from zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _highest(scores: np.ndarray, runs: Runs) -> np.ndarray:
+    """Highest score of each run."""
+    if not len(runs.row):
+        return np.zeros(0)
+    flat, line = np.append(scores, -np.inf), runs.row * scores.shape[1]
+    ends = np.stack([line + runs.start, line + runs.stop], axis=1).ravel()  # every second stretch lies between two runs
+    highest: np.ndarray = np.maximum.reduceat(flat, ends)[::2]
+    return highest
 
 
 def _extreme(extreme: np.ufunc, values: np.ndarray, runs: Runs) -> np.ndarray:
