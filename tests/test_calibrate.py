@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unispect import runtime
 from unispect.calibrate import cheaper, keep, recalibrated, reconsidered, redecided, undone
-from unispect.data.factory import write_products
+from unispect.data.factory import draw, write_products
 from unispect.data.folder import read_folder
 from unispect.data.loader import Failure, Preparation
 from unispect.data.records import Record, content_hash
@@ -307,3 +308,41 @@ def test_json_of_a_change(toy: Toy, tmp_path: Path) -> None:
     assert told["after"]["images"] == 20
     assert len(told["spread"]["groups"]) == 5
     assert told["before"]["unknown_threshold"] is None
+
+
+# Whole days held out at fit.
+
+
+def by_day(folder: Path, days: int, each: int) -> Path:
+    """Two products, each day with pictures of both, in folders below good/."""
+    for product in ("fabric", "gear"):
+        for number in range(days * each):
+            place = folder / product / "train" / "good" / f"day{number // each}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw(product, number, None, 64)[0]).save(place / f"{number}.png")
+    return folder
+
+
+def test_whole_days_are_held_out_across_products(tmp_path: Path) -> None:
+    data = by_day(tmp_path / "data", 12, 3)
+    settings: dict[str, Any] = {
+        "method": "opca",
+        "preparation": {"size": 64},
+        "features": {"engine": "torch"},
+        "split": {"calibration": 0.45},
+        "decision": {"guarantee": "group", "false_alarm_rate": 0.2},
+        "opca": {"map_side": 64},
+    }
+    known = Inspector.fit(data, settings, cache=FeatureCache(tmp_path / "cache"))
+    own = {record.group for record in known.split.calibration}
+    assert len(own) == 5
+    assert own.isdisjoint({record.group for record in (*known.split.train, *known.split.held_out)})
+    assert {record.product for record in known.split.calibration} == {"fabric", "gear"}
+    assert set(known.calibration.groups) == own
+    # (1 + shares above) / 6 is at most 0.2: one image of one day may be above, a sixth of it.
+    assert known.threshold == np.sort(known.calibration.scores)[-2]
+    assert "of a group that was not seen" in known.card()
+    with pytest.raises(
+        CalibrationError, match=r"5 groups of calibration images cannot support false_alarm_rate=0.05.*19 groups"
+    ):
+        Inspector.fit(data, settings | {"decision": {"guarantee": "group", "false_alarm_rate": 0.05}})
