@@ -67,6 +67,11 @@ def test_inspection_needs_numpy_pillow_and_a_runtime(to: str, products: Path, in
 
     run(UV, "pip", "install", "--quiet", "--python", python, *locked(*COMMANDS))
     assert '"anomalous"' in run(python, "-m", "unispect", "inspect", tmp_path / "model", image, "--json")
+    new = write_products(tmp_path / "more", 9, 1, 0, 64, seed=3, products=["gear"])
+    assert "Version 2: calibrated on 9 images" in run(python, "-m", "unispect", "calibrate", tmp_path / "model", new)
+    found = run(python, "-m", "unispect", "inspect", tmp_path / "model", new, "--json")
+    (tmp_path / "log").write_text(found)
+    assert "10 images" in run(python, "-m", "unispect", "monitor", tmp_path / "model", tmp_path / "log")
     fit = [str(python), "-m", "unispect", "fit", str(products), "-o", str(tmp_path / "new")]
     asked = subprocess.run(fit, capture_output=True, text=True, check=False)
     assert asked.returncode == 2
