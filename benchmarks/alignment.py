@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-GRIDS = ("cada-regressor", "cada", "cada-pixels", "flows")  # where two have the same cell, the first counts
+GRIDS = ("cada-regressor", "cada", "cada-pixels", "cada-draem", "flows")  # where two have the same cell, the first counts
 COLUMNS = ("image_auroc", "image_ap", "pixel_ap")
 FEW = 0.02  # gaps up to this are not judged
 HEAD = (
