@@ -29,6 +29,7 @@ from unispect.store import MODEL, kind_of, rewrite
 
 NAMED = 3  # paths in a message
 NUMBERS = ("score", "peak", "median", "novelty")  # of a finding
+KEPT = ("path", *NUMBERS, "nearest", "unknown")
 Row = Mapping[str, Any]
 
 
@@ -355,13 +356,14 @@ def _last(findings: Iterable[Row]) -> list[Row]:
                     f"history: the finding on {row.get('path')} has {name}={row.get(name)!r}, expected a number: it was "
                     "made by an older unispect, inspect the images again"
                 )
-        rows[row["path"] if row.get("path") is not None else number] = row
+        kept = {name: row.get(name) for name in KEPT}  # a log is long, and findings are wide
+        rows[row["path"] if row.get("path") is not None else number] = kept
     return list(rows.values())
 
 
 def _is_good(row: Row, truths: Mapping[str, str]) -> bool:
     truth = truths.get(str(row["path"]))
-    return truth == "good" or (truth is None and not row.get("unknown", False))
+    return truth == "good" or (truth is None and not row["unknown"])
 
 
 def _of_findings(rows: Sequence[Row]) -> Calibration:
