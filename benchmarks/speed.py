@@ -31,6 +31,7 @@ from unispect.export.bundle import export
 from unispect.features.engine import OpenVinoEngine, engine
 from unispect.features.pyramid import PyramidExtractor
 from unispect.runtime import Inspector as Runtime
+from unispect.runtime import said_of
 
 RESULTS = Path(__file__).parent / "results" / "speed.md"
 METHODS = ("opca", "hgad", "patchcore", "neighbours", "ensemble", "padim", "spade")
@@ -122,7 +123,7 @@ def looked(inspector: Runtime, path: Path) -> dict[str, float]:
     times.append(time.perf_counter())
     outputs = inspector.network.prepared(square)
     times.append(time.perf_counter())
-    inspector._judged(str(path), outputs, (image.shape[1], image.shape[0]))
+    inspector.judge.finding(str(path), said_of(outputs), (image.shape[1], image.shape[0]))
     times.append(time.perf_counter())
     return dict(zip(("decode", "resize", "graph", "decide"), 1e3 * np.diff(times), strict=True))
 
