@@ -226,13 +226,13 @@ def test_hints_change_no_number(exported: dict[str, Path], products: Path, hint:
 # 8 bits
 
 
-def test_eight_bits_where_they_cost_nothing(inspector: Inspector, products: Path, tmp_path: Path) -> None:
+def test_eight_bits_where_they_cost_nothing(inspector: Inspector, exported: dict[str, Path], tmp_path: Path) -> None:
     found = export(inspector, tmp_path / "int8", int8=True, max_loss=0.2)
     assert found.cost is not None
     assert found.cost.planted
     assert found.cost.before > 0.6
     assert "image AUROC" in found.text()
-    small, large = ((tmp_path / "int8" / "model.onnx").stat().st_size, export_size(inspector, tmp_path))
+    small, large = ((folder / "model.onnx").stat().st_size for folder in (tmp_path / "int8", exported["onnx"]))
     assert small < 0.6 * large
     loaded = runtime.Inspector.load(tmp_path / "int8")
     assert loaded.about["precision"] == "int8"
@@ -240,11 +240,6 @@ def test_eight_bits_where_they_cost_nothing(inspector: Inspector, products: Path
     calibrated = [loaded.inspect(record.path) for record in inspector.split.calibration]
     scores = sorted(one.score for one in calibrated if isinstance(one, Finding))
     assert scores == pytest.approx(sorted(loaded.calibration.scores.tolist()), rel=1e-5)
-
-
-def export_size(inspector: Inspector, folder: Path) -> int:
-    export(inspector, folder / "f32")
-    return (folder / "f32" / "model.onnx").stat().st_size
 
 
 def test_eight_bits_are_refused_where_they_cost_too_much(inspector: Inspector, products: Path, tmp_path: Path) -> None:
