@@ -1,5 +1,6 @@
 """Cross-conformal calibration: the p-value of the definition, its promise by simulation, and whole models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,21 @@ def test_findings_survive_saving_and_exporting(inspector: Inspector, products: P
             np.testing.assert_allclose(found.map, one.map, atol=2e-3)
     with pytest.raises(ExportError, match=r"split.cross has no calibration images"):
         export(inspector, tmp_path / "y", int8=True)
+
+
+def test_methods_with_training_steps_and_a_checkpoint_are_crossed_too(products: Path, tmp_path: Path) -> None:
+    steps = {"training": {"steps": 4, "checks": 2}, "hgad": {"map_side": 64, "blocks": 2}, "method": "hgad"}
+    known = {name: value for name, value in SMALL.items() if name != "opca"} | steps | {"split": {"cross": 2}}
+    place = tmp_path / "work" / "checkpoint.safetensors"
+    model = Inspector.fit(products, known, cache=FeatureCache(tmp_path / "cache"), checkpoint=place)
+    assert len(model.calibration) == 24
+    assert not place.exists()
+
+
+def test_clusters_are_no_products_of_several_models(products: Path, tmp_path: Path) -> None:
+    records = [replace(record, product=None) for record in read_folder(products)]
+    with pytest.raises(DataError, match=r"split.cross: products without names are other clusters in each part"):
+        Inspector.fit(records, SMALL, cache=FeatureCache(tmp_path))
 
 
 def test_defects_are_found(inspector: Inspector, products: Path) -> None:

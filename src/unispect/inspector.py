@@ -681,7 +681,12 @@ class Fit:
     def _crossed(self, split: Split, eyes: Engine, command: str) -> Inspector:
         """A model of as many as there are parts of the images, each of which is calibrated on the part that it left out."""
         records, count = split.train, self.config["split"]["cross"]
+        self.checkpoint = None  # which is of one model: a run that was killed begins anew
         parts = [self._without_part(split, records, part, eyes) for part in self._parts(split, count)]
+        if parts[0].facts["clustered"] and max(len(part.names) for part in parts) > 1:
+            raise DataError(
+                "split.cross: products without names are other clusters in each part: name them, or leave it out"
+            )
         detector = Crossed([part.detector for part in parts], [part.aligner for part in parts])
         novelty = CrossedNovelty([part.novelty for part in parts])
         calibration = crossed(detector, novelty, [part.calibration for part in parts])
