@@ -25,7 +25,7 @@ from unispect.decide.operating import Costs, OperatingPoint, cheapest
 from unispect.decide.promise import promise, revised
 from unispect.decide.versions import Versions
 from unispect.errors import CalibrationError, ConfigError, DataError
-from unispect.store import MODEL, kind_of, rewrite
+from unispect.store import MODEL, kind_of, pack_json, rewrite
 
 NAMED = 3  # paths in a message
 NUMBERS = ("score", "peak", "median", "novelty")  # of a finding
@@ -273,10 +273,10 @@ def keep(change: Change[Any], folder: Path, out: Path | None = None, overwrite: 
         card = revised(files["card.md"].decode(), change.after.judge).encode()
         if kind == MODEL:
             config = tomllib.loads(files["config.toml"].decode()) | {"decision": versions.current.decision.as_dict()}
-            told = {"config.toml": write_toml(config).encode(), "calibration.json": _json(versions.as_list())}
+            told = {"config.toml": write_toml(config).encode(), "calibration.json": pack_json(versions.as_list())}
             return told | {"card.md": card}
         decision = json.loads(files["decision.json"]) | {"versions": versions.as_list()}
-        return {"decision.json": _json(decision), "card.md": card}
+        return {"decision.json": pack_json(decision), "card.md": card}
 
     return rewrite(folder, out or folder, changed, overwrite or out is None)
 
@@ -440,7 +440,3 @@ def _change(pair: tuple[int, int]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()

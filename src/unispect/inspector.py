@@ -47,7 +47,7 @@ from unispect.nn.alignment import deal
 from unispect.nn.blank import Blank
 from unispect.nn.clusters import discover
 from unispect.nn.recognition import Recogniser
-from unispect.store import pack_tensors, read_model, unpack_tensors, write_folder
+from unispect.store import pack_json, pack_tensors, read_model, unpack_tensors, write_folder
 from unispect.types import Batch, Features, Finding, Scores
 
 FILES = ("config.toml", "weights.safetensors", "calibration.json", "split.json", "card.md")
@@ -440,8 +440,8 @@ class Inspector:
         files = {
             "config.toml": write_toml(self.config).encode(),
             "weights.safetensors": pack_tensors(_state(self.detector, self.aligner, self.novelty, self.blank)),
-            "calibration.json": _json(self.versions.as_list()),
-            "split.json": _json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
+            "calibration.json": pack_json(self.versions.as_list()),
+            "split.json": pack_json({"products": self.products, "split": self.split.as_dict(), "facts": self.facts}),
             "card.md": self.card().encode(),
         }
         return write_folder(Path(path), files, overwrite)
@@ -1205,7 +1205,3 @@ def _toml(content: bytes) -> dict[str, Any]:
     import tomllib
 
     return tomllib.loads(content.decode())
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()

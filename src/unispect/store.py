@@ -117,6 +117,11 @@ def write_file(path: Path, content: bytes) -> None:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def pack_json(value: Any) -> bytes:
+    """Plain values as a file of JSON."""
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
 def pack_tensors(tensors: Mapping[str, Tensor | np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """The tensors as one safetensors file."""
     from safetensors.torch import save

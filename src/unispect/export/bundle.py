@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
@@ -24,7 +23,7 @@ from unispect.export.parity import Parity, compare
 from unispect.export.quantised import Cost, check_recalibration, cost, recalibrated
 from unispect.inspector import Inspector
 from unispect.runtime import network
-from unispect.store import EXPORT, check_free, write_folder
+from unispect.store import EXPORT, check_free, pack_json, write_folder
 
 Files = dict[str, bytes]
 EXPORTERS: dict[str, Callable[[Inspector, bool], Files]] = {
@@ -97,9 +96,9 @@ def export(
     if int8:
         versions = versions.then("export", "scores of 8 bits", calibration=recalibrated(inspector, graph))
     beside = {
-        "decision.json": _json(_decision(inspector, versions)),
-        "parity.json": _json(found.as_dict()),
-        "about.json": _json(_about(inspector, to, int8) | {"files": sorted(files), "quick": quick}),
+        "decision.json": pack_json(_decision(inspector, versions)),
+        "parity.json": pack_json(found.as_dict()),
+        "about.json": pack_json(_about(inspector, to, int8) | {"files": sorted(files), "quick": quick}),
         "card.md": inspector.card().encode(),
     }
     write_folder(Path(out), {**files, **beside}, overwrite, EXPORT)
@@ -140,7 +139,3 @@ def _decision(inspector: Inspector, versions: Versions) -> dict[str, Any]:
         "versions": versions.as_list(),
         "learnt": sorted(inspector.learnt),
     }
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()
